@@ -1,0 +1,236 @@
+"""Everything the user can set, as one frozen dataclass; the command line and `--help` are made from it.
+
+Flags carry sglang's names where they mean the same. The launcher parses a ServerConfig once and finds a ModelSpec once;
+every worker gets both inside its WorkerSpec and changes neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import msgpack
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+DEMO_MODEL = "demo"
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message says what to change."""
+
+
+def _flag(default: Any, help: str, *aliases: str, env: str = "", choices: Sequence[str] = ()) -> Any:
+    """A ServerConfig field: its flag is the field's name with dashes, `env` overrides its default."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "env": env, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The settings of one server. None means "chosen automatically"."""
+
+    # model
+    model: str | None = _flag(
+        None,
+        f"model to serve: a hub name, a local directory, or '{DEMO_MODEL}' for the embedded demo model "
+        f"(default: {DEFAULT_MODEL}, and the demo model when no hub can be reached)",
+        "--model-path",
+        env="MODEL_NAME",
+    )
+    model_local_dir: str | None = _flag(None, "directory that holds the model; no hub is asked", env="MODEL_LOCAL_DIR")
+    modelscope_model_name: str | None = _flag(
+        None, "the model's name on ModelScope, when it differs", env="MODELSCOPE_MODEL_NAME"
+    )
+    revision: str | None = _flag(None, "branch, tag or commit of the hub repository")
+    download_dir: str | None = _flag(None, "where downloads are kept (default: the hub client's cache)")
+    served_model_name: str | None = _flag(None, "name shown to clients (default: the model's name)")
+    load_format: str = _flag("auto", "'dummy' makes random weights from config.json alone", choices=("auto", "dummy"))
+    trust_remote_code: bool = _flag(False, "allow a model repository to run its own Python code")
+    context_length: int | None = _flag(None, "longest prompt plus answer in tokens (default: the model's own)")
+
+    # device and precision
+    device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = _flag(
+        "auto",
+        "weights and KV precision; auto is bfloat16 where that is fast, else float32",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    cpu_threads: int | None = _flag(None, "threads of a CPU scheduler (default: all cores it may use)")
+    dp_size: int | None = _flag(
+        None,
+        "replicas, one scheduler process each (default: one per CUDA device, else 1; ENABLE_MULTI_DEVICE=0 means 1)",
+        "--data-parallel-size",
+        "--dp",
+    )
+    base_gpu_id: int = _flag(0, "first CUDA device to use")
+    random_seed: int = _flag(0, "seed of --load-format dummy weights")
+
+    # http
+    host: str = _flag("127.0.0.1", "address to listen on")
+    port: int = _flag(30000, "port to listen on; 0 takes a free one")
+    max_body_bytes: int = _flag(4 * 2**20, "largest request body")
+    log_level: str = _flag("info", "log level", choices=("debug", "info", "warning", "error"))
+    narrate: bool = _flag(False, "log the whole life of every request: prefill, every decode step, every chunk")
+
+    # processes
+    http_workers: int = _flag(1, "http processes")
+    tokenizer_workers: int = _flag(1, "tokenizer processes", "--tokenizer-worker-num")
+    detokenizer_workers: int = _flag(1, "detokenizer processes")
+    load_balance_method: str = _flag("round_robin", "which replica takes the next request", choices=("round_robin",))
+    startup_timeout: float = _flag(600.0, "seconds a worker may take to load and warm up")
+    drain_timeout: float = _flag(60.0, "seconds running requests get to finish after SIGTERM")
+    hang_timeout: float = _flag(10.0, "seconds of silence after which a worker is killed and restarted")
+    watchdog_timeout: float = _flag(300.0, "seconds one scheduler step may take before its worker is restarted")
+
+    # memory and scheduling
+    page_size: int | None = _flag(None, "tokens per KV page (default: 16)")
+    mem_fraction_static: float | None = _flag(
+        None, "fraction of a GPU's memory for weights and KV cache (default: 0.85)"
+    )
+    max_total_tokens: int | None = _flag(None, "KV cache size in tokens (default: what the memory allows)")
+    max_running_requests: int | None = _flag(None, "requests decoded together (default: 256 on CUDA, else 64)")
+    max_queued_requests: int = _flag(2048, "requests accepted and not finished; past it clients get 503")
+    chunked_prefill_size: int | None = _flag(
+        None, "prompt tokens computed per step at most (default: 8192 on CUDA, else 512)"
+    )
+    attention_backend: str = _flag("auto", "attention implementation", choices=("auto", "torch_sdpa"))
+
+    def __post_init__(self) -> None:
+        for name in ("http_workers", "tokenizer_workers", "detokenizer_workers", "max_queued_requests"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in (
+            "dp_size",
+            "page_size",
+            "max_total_tokens",
+            "max_running_requests",
+            "chunked_prefill_size",
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("cpu_threads", "context_length"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("startup_timeout", "drain_timeout", "hang_timeout", "watchdog_timeout"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        fraction = self.mem_fraction_static
+        _require(fraction is None or 0 < fraction < 1, "mem_fraction_static", "between 0 and 1", fraction)
+        _require(0 <= self.port < 65536, "port", "between 0 and 65535", self.port)
+        _require(self.http_workers <= 128, "http_workers", "at most 128", self.http_workers)
+        _require(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024", self.max_body_bytes)
+
+
+def _require(ok: bool, name: str, what: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"--{name.replace('_', '-')} must be {what}, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the launcher found out about the model, from its files alone."""
+
+    directory: str
+    """Local directory with config.json, tokenizer files and (unless dummy) weights."""
+    name: str
+    """The name clients see."""
+    source: str
+    """The name it was resolved from (hub name, directory, or 'demo')."""
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    """Union of the ids named by generation_config.json, config.json and the tokenizer's eos_token, sorted."""
+    architecture: str
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that one worker process needs to know; travels to it as msgpack."""
+
+    name: str
+    """`kind-index`, such as scheduler-0."""
+    kind: str
+    index: int
+    epoch: int
+    """Counts the lives of this worker, from 1."""
+    inbox_address: str
+    control_address: str
+    """The supervisor's inbox."""
+    replicas: int
+    """Number of scheduler processes (dp_size resolved)."""
+    config: ServerConfig
+    model: ModelSpec
+
+    def pack(self) -> bytes:
+        data: bytes = msgpack.packb(dataclasses.asdict(self))
+        return data
+
+    @classmethod
+    def unpack(cls, data: bytes) -> WorkerSpec:
+        fields = msgpack.unpackb(data)
+        model = {**fields["model"], "eos_token_ids": tuple(fields["model"]["eos_token_ids"])}
+        return cls(**{**fields, "config": ServerConfig(**fields["config"]), "model": ModelSpec(**model)})
+
+
+def add_arguments(parser: argparse.ArgumentParser, env: Mapping[str, str] | None = None) -> None:
+    """Add one flag per ServerConfig field; environment variables named in the fields replace the defaults."""
+    env = os.environ if env is None else env
+    hints = get_type_hints(ServerConfig)
+    for spec in dataclasses.fields(ServerConfig):
+        meta = spec.metadata
+        flags = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
+        default = env.get(meta["env"]) or spec.default if meta["env"] else spec.default
+        help_text = meta["help"].replace("%", "%%")
+        if meta["env"]:
+            help_text += f" [env {meta['env']}]"
+        if spec.default is not None and "(default" not in help_text:
+            help_text += f" (default: {spec.default})"
+        if hints[spec.name] is bool:
+            parser.add_argument(*flags, dest=spec.name, action="store_true", default=default, help=help_text)
+            continue
+        parser.add_argument(
+            *flags,
+            dest=spec.name,
+            type=_value_type(hints[spec.name]),
+            default=default,
+            choices=meta["choices"] or None,
+            metavar=None if meta["choices"] else spec.name.upper(),
+            help=help_text,
+        )
+
+
+def _value_type(hint: Any) -> Any:
+    """The argparse converter of a field type such as `int | None`."""
+    kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
+    return _human_int if kinds[0] is int else kinds[0]
+
+
+def _human_int(text: str) -> int:
+    """An int, with an optional k or m suffix as sglang accepts it (8k = 8192)."""
+    scale = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
+    return int(text[:-1] if scale > 1 else text) * scale
+
+
+_human_int.__name__ = "int"
+
+
+def from_namespace(namespace: argparse.Namespace) -> ServerConfig:
+    """The config of parsed arguments; raises ConfigError."""
+    names = {spec.name for spec in dataclasses.fields(ServerConfig)}
+    return ServerConfig(**{name: value for name, value in vars(namespace).items() if name in names})
+
+
+def parse_args(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> ServerConfig:
+    """Parse a command line; argparse's own errors and ConfigErrors both exit with status 2 and one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Serve a language model: tokenizer, scheduler(s), detokenizer and HTTP, each in a process of its own.",
+        allow_abbrev=False,
+    )
+    add_arguments(parser, env)
+    namespace = parser.parse_args(argv)
+    try:
+        return from_namespace(namespace)
+    except ConfigError as error:
+        parser.error(str(error))

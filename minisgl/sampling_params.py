@@ -1,0 +1,81 @@
+"""How one request samples and when it stops; pure Python, shared by http, tokenizer, scheduler and detokenizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_STOP_STRINGS = 32
+MAX_STOP_STRING_CHARS = 1024
+GREEDY_TEMPERATURE = 1e-6
+"""Temperatures below this mean greedy decoding, as sglang defines it."""
+
+
+class InvalidSamplingParams(ValueError):
+    """A sampling field is out of its range; the message names the field and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The sampling fields of one request, already in their internal form (no aliases, no nulls but where noted).
+
+    Attributes:
+        max_new_tokens: tokens to generate at most; None means "up to the context length".
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; -1 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities sum to top_p.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        seed: None lets the http process draw one; the same seed gives the same tokens whatever else runs beside it.
+        min_new_tokens: EOS and stop ids cannot be sampled before this many tokens.
+        ignore_eos: do not stop at the model's EOS ids (stop strings and stop_token_ids still count).
+        stop: strings that end the text; the match itself is cut off unless no_stop_trim.
+        stop_token_ids: token ids that end the text, beside the model's own EOS ids.
+    """
+
+    max_new_tokens: int | None = 128
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    def validate(self) -> None:
+        """Raise InvalidSamplingParams for the first field out of range."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InvalidSamplingParams(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
+            raise InvalidSamplingParams(f"temperature must be between 0 (greedy) and 100, got {self.temperature}")
+        if self.top_k != -1 and self.top_k < 1:
+            raise InvalidSamplingParams(f"top_k must be -1 (all tokens) or at least 1, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidSamplingParams(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise InvalidSamplingParams(f"min_p must be between 0 and 1, got {self.min_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InvalidSamplingParams(f"seed must fit in 64 bits, got {self.seed}")
+        if self.min_new_tokens < 0:
+            raise InvalidSamplingParams(f"min_new_tokens must not be negative, got {self.min_new_tokens}")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise InvalidSamplingParams(
+                f"min_new_tokens ({self.min_new_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})"
+            )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidSamplingParams(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
+        for stop in self.stop:
+            if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
+                raise InvalidSamplingParams(
+                    f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, got {len(stop)}"
+                )
+        for token_id in self.stop_token_ids:
+            if not 0 <= token_id < 2**31:
+                raise InvalidSamplingParams(f"stop_token_ids must be token ids, got {token_id}")

@@ -1,0 +1,57 @@
+"""A request as the scheduler knows it, and the plan of one step: the border between scheduler.py and engine.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minisgl.sampling_params import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One generation in progress. The scheduler owns and changes it; the engine only reads it.
+
+    Attributes:
+        token_ids: prompt and generated tokens so far.
+        max_new_tokens: resolved limit (never None, never beyond the context length).
+        computed: how many leading tokens have their keys and values in `pages`; 0 again after a preemption.
+        cached_tokens: how many prompt tokens were found in the prefix cache at the first admission.
+        pages: KV page ids in position order; position p lives in pages[p // page_size].
+        stamps: readings of timeline.STAMPS so far.
+    """
+
+    rid: int
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    max_new_tokens: int
+    stamps: list[int]
+    computed: int = 0
+    cached_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One request's part of a step: compute positions start .. start + length - 1.
+
+    `sample` is set when the row reaches the request's last known token, so that its logits give the next one.
+    """
+
+    request: Request
+    start: int
+    length: int
+    sample: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes. The first `decode_rows` rows have length 1; prefill chunks follow."""
+
+    step: int
+    rows: list[StepRow]
+    decode_rows: int

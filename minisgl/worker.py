@@ -1,0 +1,160 @@
+"""What every worker process has in common: its link to the supervisor, its signs of life, its end.
+
+The supervisor starts `run_worker` in a fresh process. It ties the process's life to the launcher's, opens the inbox,
+and hands a Worker to the `main(worker)` of the process kind. `main` returns after a Shutdown message; an exception
+that leaves it is reported to the supervisor as Failed and ends the process with status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from minisgl.channels import Inbox, Outbox
+from minisgl.config import WorkerSpec
+from minisgl.log import setup_logging
+from minisgl.messages import (
+    Failed,
+    Heartbeat,
+    Hello,
+    JsonObject,
+    Message,
+    Progress,
+    Ready,
+    Shutdown,
+    WorkerDown,
+    WorkerUp,
+)
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.15
+MAX_IDLE_MS = 200
+"""Longest sleep of a worker's main loop, so that `tick` is called often enough to count as alive."""
+
+PROCESS_KINDS = {
+    "http": "minisgl.http.main",
+    "tokenizer": "minisgl.tokenizer_proc.main",
+    "scheduler": "minisgl.scheduler_proc.main",
+    "detokenizer": "minisgl.detokenizer_proc.main",
+}
+_CONTROL_TYPES: tuple[type[Message], ...] = (WorkerUp, WorkerDown, Shutdown)
+
+
+class Worker:
+    """One worker's inbox, and its one-way line to the supervisor.
+
+    Attributes:
+        inbox: receives the message types given to `open_inbox`, and WorkerUp, WorkerDown and Shutdown.
+        stats: gauges and counters that every heartbeat carries; the main loop writes them.
+        listen_socket: for http, the listening socket that the supervisor bound.
+    """
+
+    def __init__(self, spec: WorkerSpec, listen_socket: socket.socket | None = None) -> None:
+        self.spec = spec
+        self.listen_socket = listen_socket
+        self.stats: JsonObject = {}
+        self.inbox: Inbox
+        self._supervisor = Outbox(spec.control_address)
+        self._last_tick = time.monotonic_ns()
+
+    def open_inbox(self, *accepts: type[Message]) -> Inbox:
+        """Bind the inbox and say Hello. Call it first: peers may send as soon as the supervisor announces us."""
+        self.inbox = Inbox(self.spec.inbox_address, {*accepts, *_CONTROL_TYPES})
+        self._supervisor.send(Hello(self.spec.name, self.spec.epoch, os.getpid(), self.spec.inbox_address))
+        return self.inbox
+
+    def progress(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Tell the user how far the start is: `done` of `total` units of `stage` (total 0 = unknown)."""
+        self.tick()
+        self._supervisor.send(Progress(self.spec.name, self.spec.epoch, stage, done, total))
+
+    def ready(self, info: JsonObject | None = None) -> None:
+        """Say that this worker is warmed up; the supervisor then announces it to the others."""
+        self.tick()
+        self._supervisor.send(Ready(self.spec.name, self.spec.epoch, info or {}))
+
+    def tick(self) -> None:
+        """The main loop came round. Its age is how the supervisor tells a stuck loop from an idle one."""
+        self._last_tick = time.monotonic_ns()
+
+    def heartbeat(self) -> Heartbeat:
+        stats = dict(self.stats)
+        if hasattr(self, "inbox"):
+            stats["frames_dropped"] = sum(self.inbox.dropped.values())
+        loop_age_us = (time.monotonic_ns() - self._last_tick) // 1000
+        return Heartbeat(self.spec.name, self.spec.epoch, loop_age_us, stats)
+
+    def failed(self, error: BaseException) -> None:
+        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        details = "".join(traceback.format_exception(error))
+        self._supervisor.send(Failed(self.spec.name, self.spec.epoch, cause, details))
+
+    def close(self) -> None:
+        self._supervisor.close(linger_ms=1000)
+        if hasattr(self, "inbox"):
+            self.inbox.close()
+
+
+def run_worker(packed_spec: bytes, life_line: Connection, listen_socket: socket.socket | None = None) -> None:
+    """The entry point of a worker process.
+
+    Args:
+        packed_spec: WorkerSpec.pack().
+        life_line: read end of a pipe whose write end only the launcher holds; its end of file is the launcher's death.
+        listen_socket: for http workers.
+    """
+    spec = WorkerSpec.unpack(packed_spec)
+    _bind_life_to(life_line, spec.name)
+    # The launcher alone handles signals; workers are told by message, so that a drain is never cut short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setup_logging(spec.name, spec.config.log_level)
+    worker = Worker(spec, listen_socket)
+    threading.Thread(target=_send_heartbeats, args=(worker,), name="heartbeat", daemon=True).start()
+    try:
+        importlib.import_module(PROCESS_KINDS[spec.kind]).main(worker)
+    except BaseException as error:
+        logger.debug("worker failed", exc_info=True)
+        worker.failed(error)
+        worker.close()
+        sys.stderr.flush()
+        # Threads of torch or of a native library must not keep a failed worker alive.
+        os._exit(1)
+    worker.close()
+
+
+def _bind_life_to(life_line: Connection, name: str) -> None:
+    """Make sure that no death of the launcher leaves this process behind."""
+    with contextlib.suppress(OSError):
+        os.setsid()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        pr_set_pdeathsig, pr_set_name = 1, 15
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(pr_set_name, f"sgl:{name}".encode(), 0, 0, 0)
+    # Covers systems without PDEATHSIG, and a launcher that died before the call above.
+    threading.Thread(target=_die_with_launcher, args=(life_line,), name="life-line", daemon=True).start()
+
+
+def _die_with_launcher(life_line: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        life_line.recv_bytes()
+    os._exit(1)
+
+
+def _send_heartbeats(worker: Worker) -> None:
+    outbox = Outbox(worker.spec.control_address)
+    while True:
+        outbox.send(worker.heartbeat())
+        time.sleep(HEARTBEAT_SECONDS)
