@@ -145,34 +145,7 @@ def write_weights(shape: Shape, out: Path, dtype: str, seed: int) -> None:
 
 def made_up_words(count: int, taken: set[str]) -> list[str]:
     """`count` distinct pronounceable words (with the byte-level mark of a leading space), none of them in `taken`."""
-    onsets = [
-        "b",
-        "c",
-        "d",
-        "f",
-        "g",
-        "h",
-        "j",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "r",
-        "s",
-        "t",
-        "v",
-        "w",
-        "z",
-        "br",
-        "cl",
-        "dr",
-        "fl",
-        "gr",
-        "pl",
-        "st",
-        "tr",
-    ]
+    onsets = "b c d f g h j k l m n p r s t v w z br cl dr fl gr pl st tr".split()  # noqa: SIM905
     vowels = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
     codas = ["", "n", "r", "s", "t", "l", "m", "nd", "st"]
     syllables = [onset + vowel for onset in onsets for vowel in vowels]
