@@ -114,9 +114,18 @@ class Outbox:
     def send(self, message: Message) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
 
-    def close(self, linger_ms: int = 0) -> None:
-        """Close; with `linger_ms` the last messages get that long to leave."""
-        self._socket.close(linger_ms)
+    def close(self) -> None:
+        self._socket.close()
+
+
+def deliver(address: str, message: Message, timeout_ms: int = 1000) -> None:
+    """Send one message and wait until it has left; for a process that is about to exit."""
+    with zmq.Context() as context:
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, timeout_ms)
+        socket.connect(address)
+        socket.send(encode(message))
+        socket.close()
 
 
 class Peers:

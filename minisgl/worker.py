@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import logging
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from minisgl.channels import Inbox, Outbox
+from minisgl.channels import Inbox, Outbox, deliver
 from minisgl.config import WorkerSpec
 from minisgl.log import setup_logging
 from minisgl.messages import (
@@ -35,8 +34,6 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
-
-logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.15
 MAX_IDLE_MS = 200
@@ -96,12 +93,13 @@ class Worker:
         return Heartbeat(self.spec.name, self.spec.epoch, loop_age_us, stats)
 
     def failed(self, error: BaseException) -> None:
-        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        message = " ".join(str(error).split())
+        cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
         details = "".join(traceback.format_exception(error))
-        self._supervisor.send(Failed(self.spec.name, self.spec.epoch, cause, details))
+        deliver(self.spec.control_address, Failed(self.spec.name, self.spec.epoch, cause, details))
 
     def close(self) -> None:
-        self._supervisor.close(linger_ms=1000)
+        self._supervisor.close()
         if hasattr(self, "inbox"):
             self.inbox.close()
 
@@ -116,16 +114,17 @@ def run_worker(packed_spec: bytes, life_line: Connection, listen_socket: socket.
     """
     spec = WorkerSpec.unpack(packed_spec)
     _bind_life_to(life_line, spec.name)
-    # The launcher alone handles signals; workers are told by message, so that a drain is never cut short.
+    # The launcher alone handles signals (and blocked these while it started us); workers are told by message, so that
+    # a drain is never cut short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     setup_logging(spec.name, spec.config.log_level)
     worker = Worker(spec, listen_socket)
     threading.Thread(target=_send_heartbeats, args=(worker,), name="heartbeat", daemon=True).start()
     try:
         importlib.import_module(PROCESS_KINDS[spec.kind]).main(worker)
     except BaseException as error:
-        logger.debug("worker failed", exc_info=True)
         worker.failed(error)
         worker.close()
         sys.stderr.flush()
