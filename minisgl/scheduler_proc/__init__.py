@@ -1,1 +1,13 @@
-"""To be written."""
+"""The scheduler process: token ids in, generated token ids out. One process per device (replica).
+
+In: TokenizedRequest and AbortRequest from the tokenizer, AbortRequest (stop string found) from the detokenizer.
+Out: TokenBatch, one per step, and RequestError, to the detokenizer of each request.
+Owns: the device, the model's weights, the KV cache, and every request from its arrival to its last token.
+
+    main.py       the process: inbox -> core -> detokenizers
+    core.py       one replica: scheduler + engine, step by step; also behind minisgl.Engine
+    scheduler.py  decides each step (admission, batching, preemption, finishing); knows nothing of torch
+    request.py    the border between the two: Request, StepPlan
+    kv_pages.py   which KV pages are free
+    engine.py     runs a StepPlan on the device and returns one token per sampling row
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minisgl.messages import FinishReason
 from minisgl.sampling_params import SamplingParams
 
 
@@ -14,10 +15,15 @@ class Request:
     Attributes:
         token_ids: prompt and generated tokens so far.
         max_new_tokens: resolved limit (never None, never beyond the context length).
-        computed: how many leading tokens have their keys and values in `pages`; 0 again after a preemption.
+        stop_ids: token ids that end the request: the model's EOS ids unless ignore_eos, and its own stop_token_ids.
+        stamps: readings of timeline.STAMPS up to "scheduler_in".
+        scheduled_ns: when the first step of this request was planned; 0 before.
+        computed: how many leading tokens have their keys and values in `pages`, counting steps in flight; 0 again
+            after a preemption.
+        pending: tokens that steps in flight will add to token_ids.
         cached_tokens: how many prompt tokens were found in the prefix cache at the first admission.
         pages: KV page ids in position order; position p lives in pages[p // page_size].
-        stamps: readings of timeline.STAMPS so far.
+        finish: why it ended; NONE while it waits or runs.
     """
 
     rid: int
@@ -25,10 +31,14 @@ class Request:
     prompt_len: int
     sampling: SamplingParams
     max_new_tokens: int
+    stop_ids: frozenset[int]
     stamps: list[int]
+    scheduled_ns: int = 0
     computed: int = 0
+    pending: int = 0
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    finish: FinishReason = FinishReason.NONE
 
     @property
     def output_len(self) -> int:
@@ -39,7 +49,7 @@ class Request:
 class StepRow:
     """One request's part of a step: compute positions start .. start + length - 1.
 
-    `sample` is set when the row reaches the request's last known token, so that its logits give the next one.
+    `sample` is set when the row reaches the request's last token, so that its logits give the next one.
     """
 
     request: Request

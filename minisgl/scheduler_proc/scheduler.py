@@ -1,0 +1,303 @@
+"""What each step computes: admission, batching, preemption, finishing. Plain Python on the CPU; no torch.
+
+`plan` makes the next step, `retire` takes its tokens. Plans may overlap: step n + 1 can be planned and launched before
+step n is retired, as long as steps retire in order. A request that ends while a step in flight still computes it is
+found out late: that row's token is dropped, and its pages are free only after the last step that was planned.
+
+Requests are served strictly first come, first served: every running request arrived before every waiting one, both in
+order of arrival. From that follow the two promises: nobody starves, and the oldest request always runs to its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from minisgl import timeline
+from minisgl.messages import FinishReason, RequestError, TokenizedRequest
+from minisgl.sampling_params import InvalidSamplingParams
+from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What bounds the scheduler.
+
+    Attributes:
+        context_length: longest prompt plus answer, in tokens.
+        max_running: requests that hold KV pages at once.
+        step_tokens: tokens computed per step at most, as far as decode rows leave room for prompts.
+        eos_ids: token ids that end an answer.
+        vocab_size: token ids are below this.
+    """
+
+    context_length: int
+    max_running: int
+    step_tokens: int
+    eos_ids: frozenset[int]
+    vocab_size: int
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What a retired step brought: one row per new token, as columns. `opened` are the requests with their first."""
+
+    opened: list[Request] = field(default_factory=list)
+    rids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finishes: list[FinishReason] = field(default_factory=list)
+
+
+class Scheduler:
+    """Decides which requests run on one replica.
+
+    Attributes:
+        pages: the KV page accounting.
+        preemptions: how often a running request had to give its pages back.
+    """
+
+    def __init__(self, limits: SchedulerLimits, pages: KvPages) -> None:
+        self.limits = limits
+        self.pages = pages
+        self.preemptions = 0
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._planned_step = 0
+        # Prompts advance even when decode rows alone fill the step.
+        self._least_prefill = min(limits.step_tokens, pages.page_size)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def rids(self) -> Iterator[int]:
+        """Every request that has not ended."""
+        return iter(self._requests)
+
+    def owned_pages(self) -> Iterator[int]:
+        """The pages that running requests own."""
+        return (page for request in self._running for page in request.pages)
+
+    def leaked_pages(self) -> int:
+        """How many KV pages are unaccounted for; 0 unless there is a bug."""
+        return self.pages.leaked(cached=0, owned=sum(len(request.pages) for request in self._running))
+
+    # ---- requests come and go ----
+
+    def submit(self, message: TokenizedRequest) -> RequestError | None:
+        """Queue a request, or say why it can never run. A request id that is already in use is ignored."""
+        if message.rid in self._requests:
+            return None
+        problem = self._problem_with(message)
+        if problem is not None:
+            return RequestError(message.rid, 400, *problem)
+        sampling, limits = message.sampling, self.limits
+        stop_ids = frozenset(token_id for token_id in sampling.stop_token_ids if token_id < limits.vocab_size)
+        prompt_len = len(message.input_ids)
+        request = Request(
+            rid=message.rid,
+            token_ids=list(message.input_ids),
+            prompt_len=prompt_len,
+            sampling=sampling,
+            max_new_tokens=sampling.max_new_tokens or self._token_limit() - prompt_len,
+            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | limits.eos_ids,
+            stamps=message.stamps,
+        )
+        self._requests[request.rid] = request
+        self._waiting.append(request)
+        return None
+
+    def abort(self, rid: int) -> Request | None:
+        """End a request in whatever state it is; the request, or None when it is unknown or has ended already."""
+        request = self._requests.get(rid)
+        if request is None:
+            return None
+        # Running requests own at least one page, waiting ones none.
+        if request.pages:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self._end(request, FinishReason.ABORT)
+        return request
+
+    # ---- steps ----
+
+    def plan(self) -> StepPlan | None:
+        """The next step: every decoding request first, then as much prompt as the step's budget leaves room for.
+
+        None when there is nothing to compute before a step in flight is retired, or nothing at all.
+        """
+        rows: list[StepRow] = []
+        pages_sufficed = self._plan_decodes(rows)
+        decode_rows = len(rows)
+        if pages_sufficed:
+            self._plan_prompts(rows, max(self.limits.step_tokens - decode_rows, self._least_prefill))
+        if not rows:
+            return None
+        self._planned_step += 1
+        return StepPlan(self._planned_step, rows, decode_rows)
+
+    def retire(self, plan: StepPlan, token_ids: list[int]) -> SampledTokens:
+        """Take a completed step's tokens, one per row with `sample` in row order. Plans retire in order."""
+        self.pages.complete(plan.step)
+        sampled = SampledTokens()
+        tokens = iter(token_ids)
+        anyone_ended = False
+        for row in plan.rows:
+            if not row.sample:
+                continue
+            token, request = next(tokens), row.request
+            request.pending -= 1
+            if request.finish:
+                continue
+            request.token_ids.append(token)
+            output_len = len(request.token_ids) - request.prompt_len
+            if output_len == 1:
+                sampled.opened.append(request)
+            if token in request.stop_ids and output_len > request.sampling.min_new_tokens:
+                finish = FinishReason.STOP
+            elif output_len >= request.max_new_tokens:
+                finish = FinishReason.LENGTH
+            else:
+                finish = FinishReason.NONE
+            if finish:
+                anyone_ended = True
+                if not request.pages:
+                    self._waiting.remove(request)
+                self._end(request, finish)
+            sampled.rids.append(request.rid)
+            sampled.token_ids.append(token)
+            sampled.finishes.append(finish)
+        if anyone_ended:
+            self._running = [request for request in self._running if not request.finish]
+        return sampled
+
+    # ---- how a step is made ----
+
+    def _plan_decodes(self, rows: list[StepRow]) -> bool:
+        """Add a row for every request that decodes, oldest first; False when KV pages ran short on the way."""
+        running, page_size, pages_sufficed = self._running, self.pages.page_size, True
+        index = 0
+        # Preemption shortens the list from its end while this walks it from its start.
+        while index < len(running):
+            request = running[index]
+            index += 1
+            known = len(request.token_ids) + request.pending
+            position = request.computed
+            if position + 1 != known or known - request.prompt_len >= request.max_new_tokens:
+                continue
+            if position == len(request.pages) * page_size and not self._grow(request):
+                pages_sufficed = False
+                continue
+            rows.append(StepRow(request, position, 1, True))
+            request.computed = known
+            request.pending += 1
+        return pages_sufficed
+
+    def _grow(self, request: Request) -> bool:
+        """Give a decoding request one more page, taken from the newest running requests if need be.
+
+        False when it has to sit this step out: pages come free only after a step in flight, or it was preempted itself.
+        """
+        while not self.pages.free:
+            if self.pages.retiring:
+                return False
+            victim = self._running.pop()
+            self._release_pages(victim)
+            victim.computed = 0
+            self._waiting.appendleft(victim)
+            self.preemptions += 1
+            if victim is request:
+                return False
+        request.pages += self.pages.allocate(1)
+        return True
+
+    def _plan_prompts(self, rows: list[StepRow], budget: int) -> None:
+        """Add prompt chunks of at most `budget` tokens together, admitting waiting requests as far as that goes."""
+        # Prompts fill up in order, so only the newest running request can be in the middle of its prompt.
+        if self._running:
+            budget -= self._plan_chunk(rows, self._running[-1], budget)
+        while budget > 0 and self._waiting and self._admit(self._waiting[0]):
+            budget -= self._plan_chunk(rows, self._running[-1], budget)
+
+    def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int) -> int:
+        """Add the next chunk of a prompt that is not computed to its end; the number of tokens it takes."""
+        start, known = request.computed, len(request.token_ids)
+        length = min(known - start, budget)
+        if length <= 0:
+            return 0
+        request.computed = start + length
+        last = request.computed == known
+        request.pending += last
+        rows.append(StepRow(request, start, length, last))
+        return length
+
+    def _admit(self, request: Request) -> bool:
+        """Start the first waiting request, if all it has so far fits and every running one can still grow by a page.
+
+        The reserve keeps a newcomer from being preempted at once; with nobody running whatever was accepted fits.
+        """
+        running, pages = self._running, self.pages
+        needed = pages.pages_for(len(request.token_ids))
+        reserve = max(len(running), pages.total // 100) if running else 0
+        # A preempted request can have a last token in flight, which belongs to its prompt now.
+        if len(running) >= self.limits.max_running or pages.free < needed + reserve or request.pending:
+            return False
+        request.pages = pages.allocate(needed)
+        request.scheduled_ns = request.scheduled_ns or timeline.now()
+        running.append(self._waiting.popleft())
+        return True
+
+    def _end(self, request: Request, finish: FinishReason) -> None:
+        request.finish = finish
+        del self._requests[request.rid]
+        self._release_pages(request)
+
+    def _release_pages(self, request: Request) -> None:
+        pages, request.pages = request.pages, []
+        if pages:
+            self.pages.release(pages, self._planned_step)
+
+    # ---- what is refused ----
+
+    def _token_limit(self) -> int:
+        """Most tokens that prompt and answer of one request can have together."""
+        return min(self.limits.context_length, self.pages.total * self.pages.page_size)
+
+    def _problem_with(self, message: TokenizedRequest) -> tuple[str, str] | None:
+        """Why a request can never run, as (code, sentence); None when it can."""
+        prompt_len, asked = len(message.input_ids), message.sampling.max_new_tokens
+        if not prompt_len:
+            return "invalid_request", "the prompt is empty; send at least one token"
+        lowest, highest, vocab_size = min(message.input_ids), max(message.input_ids), self.limits.vocab_size
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            return "invalid_request", f"token id {wrong} is not in the vocabulary (0 to {vocab_size - 1})"
+        try:
+            message.sampling.validate()
+        except InvalidSamplingParams as error:
+            return "invalid_request", str(error)
+        wanted = prompt_len + (asked or 1)
+        if wanted <= self._token_limit():
+            return None
+        answer = f"max_new_tokens ({asked})" if asked else "one new token"
+        context_length, capacity = self.limits.context_length, self.pages.total * self.pages.page_size
+        if wanted > context_length:
+            return (
+                "context_length_exceeded",
+                f"the prompt ({prompt_len} tokens) plus {answer} is {wanted} tokens, more than the context length "
+                f"of {context_length}; shorten the prompt or ask for fewer new tokens",
+            )
+        return (
+            "kv_capacity_exceeded",
+            f"the prompt ({prompt_len} tokens) plus {answer} is {wanted} tokens, more than the KV cache of "
+            f"{capacity} tokens can hold; ask for fewer tokens or start the server with more KV memory "
+            f"(--max-total-tokens or --mem-fraction-static)",
+        )
