@@ -1,0 +1,172 @@
+"""Trains the demo model and writes ``model.safetensors`` and its configuration files.
+
+Run as ``python -m minisgl.demo_model.train --out FOLDER``; README.md gives the command that made
+the committed weights. The tokenizer must have been trained before (``train_tokenizer.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import time
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from . import demo_model_dir
+from .network import Mask, Network, NetworkConfig
+from .packing import ID_MASK, LEARNED_BIT, START_BIT, build_rows
+from .text_generator import END_OF_TEXT, IM_END
+
+
+def unpack(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, labels (next token, -100 where nothing is learned) and document numbers."""
+    words = words.to(torch.int32) & 0xFFFF
+    ids = (words & ID_MASK).long()
+    owner = ((words & START_BIT) != 0).cumsum(-1)
+    learned = (words[:, 1:] & LEARNED_BIT) != 0
+    learned &= owner[:, 1:] == owner[:, :-1]
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = torch.where(learned, ids[:, 1:], -100)
+    return ids, labels, owner
+
+
+def document_mask(owner: Tensor) -> Mask:
+    """Return the mask that lets each token see the earlier tokens of its own document."""
+    rows, length = owner.shape
+    if owner.device.type == "cpu":
+        same = owner[:, None, :, None] == owner[:, None, None, :]
+        return same & torch.ones(length, length, dtype=torch.bool).tril()
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (owner[row, query] == owner[row, key])
+
+    return create_block_mask(visible, rows, None, length, length, device=owner.device)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate: a linear warm-up, then a cosine down to a fiftieth of the peak."""
+    warm_up = min(200, steps // 10 + 1)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(network: Network, data: Tensor, arguments: argparse.Namespace) -> None:
+    """Run the training steps."""
+    device = data.device
+    on_gpu = device.type == "cuda"
+    network.to(device)
+    matrices = [p for p in network.parameters() if p.dim() == 2]
+    others = [p for p in network.parameters() if p.dim() != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=arguments.rate,
+        betas=(0.9, 0.95),
+        fused=on_gpu,
+    )
+    forward = torch.compile(network) if on_gpu else network
+    mask_of = torch.compile(document_mask) if on_gpu else document_mask
+    generator = torch.Generator().manual_seed(arguments.seed)
+    order = torch.randperm(len(data), generator=generator)
+    place = 0
+    started = time.perf_counter()
+    total = torch.zeros((), device=device)
+    for step in range(arguments.steps):
+        if place + arguments.rows > len(order):
+            order, place = torch.randperm(len(data), generator=generator), 0
+        chosen = order[place : place + arguments.rows].to(device)
+        place += arguments.rows
+        ids, labels, owner = unpack(data[chosen])
+        mask = mask_of(owner)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, arguments.steps, arguments.rate)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = forward(ids, labels, mask)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        total += loss.detach()
+        if (step + 1) % arguments.report_every == 0:
+            mean = total.item() / arguments.report_every
+            total.zero_()
+            seconds = time.perf_counter() - started
+            print(f"step {step + 1} loss {mean:.4f} after {seconds:.0f} s", flush=True)
+
+
+def export(network: Network, config: NetworkConfig, tokenizer: Tokenizer, out: pathlib.Path) -> None:
+    """Write the weights in bfloat16 and the configuration files."""
+    weights = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in network.state_dict().items()
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    pad_id = tokenizer.token_to_id(END_OF_TEXT)
+    end_ids = [tokenizer.token_to_id(IM_END), pad_id]
+    generation = {
+        "bos_token_id": pad_id,
+        "do_sample": False,
+        "eos_token_id": end_ids,
+        "pad_token_id": pad_id,
+    }
+    files = {
+        "config.json": config.to_transformers(end_ids, pad_id),
+        "generation_config.json": generation,
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="ascii")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=16, help="rows in a step")
+    parser.add_argument("--context", type=int, default=4096, help="tokens in a row")
+    parser.add_argument("--total-rows", type=int, default=49_152, help="rows generated")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report-every", type=int, default=250)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Generate, train and export."""
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer_path = demo_model_dir() / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    started = time.perf_counter()
+    rows = build_rows(
+        seed=arguments.seed,
+        tokenizer_path=tokenizer_path,
+        context=arguments.context,
+        rows=arguments.total_rows,
+        workers=arguments.workers,
+    )
+    seconds = time.perf_counter() - started
+    print(f"generated {rows.size} tokens in {seconds:.0f} s", flush=True)
+    # PyTorch indexes signed 16-bit integers on every device, unsigned ones not.
+    data = torch.from_numpy(rows.view("int16")).to(arguments.device)
+    config = NetworkConfig(vocabulary_size=tokenizer.get_vocab_size())
+    network = Network(config)
+    print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
+    train(network, data, arguments)
+    export(network, config, tokenizer, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
