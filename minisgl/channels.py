@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import zmq
@@ -118,13 +118,14 @@ class Outbox:
         self._socket.close()
 
 
-def deliver(address: str, message: Message, timeout_ms: int = 1000) -> None:
-    """Send one message and wait until it has left; for a process that is about to exit."""
+def deliver(address: str, *messages: Message, timeout_ms: int = 1000) -> None:
+    """Send messages and wait until they have left; for a process that is about to exit."""
     with zmq.Context() as context:
         socket = context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, timeout_ms)
         socket.connect(address)
-        socket.send(encode(message))
+        for message in messages:
+            socket.send(encode(message))
         socket.close()
 
 
@@ -178,6 +179,12 @@ class Peers:
         """Remove and return what waits for a worker that is down (to send it elsewhere)."""
         waiting, self._waiting[index] = self._waiting[index], []
         return waiting
+
+    def deliver(self, index: int, messages: Sequence[Message]) -> None:
+        """Send last words to a worker, if it is up, and wait until they have left."""
+        outbox = self._outboxes[index]
+        if outbox is not None:
+            deliver(outbox.address, *messages)
 
     def close(self) -> None:
         for index in range(len(self.names)):
