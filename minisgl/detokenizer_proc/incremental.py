@@ -1,0 +1,226 @@
+"""Token ids to text, piece by piece: the pieces, joined, equal the tokenizer's own decode of all the ids.
+
+Two ways, chosen by the tokenizer's decoder:
+
+- Byte-level BPE (GPT-2, Llama 3, Qwen, ...): a token is a fixed string of bytes, so the text is a UTF-8 stream. A table
+  gives the text of every token that is whole characters; only cut characters meet a UTF-8 decoder. O(1) a token.
+- Any other decoder (Metaspace, byte fallback, WordPiece, ...): a token's text depends on the token before it, so
+  a small window of tokens is decoded and what it adds to the window's already known part is the new text.
+
+Text that was given out is never taken back. Held back are only bytes that do not end a character yet; see WindowText
+for the one case in which the tokenizer's own decode would need an unbounded hold.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+MAX_BYTE_RUN = 64
+"""Consecutive byte-fallback tokens that WindowText holds back at most before it shows their whole characters."""
+_MAX_CHARACTER_BYTES = 4
+
+
+class IncrementalText(Protocol):
+    """The text of one request's tokens so far."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens; return the text that is certain now. Ids outside the vocabulary have no text."""
+
+    def flush(self) -> str:
+        """No token follows: the text of what was held back (U+FFFD for a cut character)."""
+
+
+class TokenTexts:
+    """What all requests share of one tokenizer: built once (about 1 us a vocabulary entry), then only read."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        decoders = _decoder_types(tokenizer)
+        self._byte_level: dict[bool, _ByteLevelTable] = {}
+        if decoders == ["ByteLevel"]:
+            everything = _ByteLevelTable.of(vocabulary)
+            self._byte_level = {False: everything, True: everything.without(self.special_ids)}
+        self.known_ids = frozenset(vocabulary.values())
+        self.byte_ids = frozenset(
+            token_id for token, token_id in vocabulary.items() if "ByteFallback" in decoders and _is_byte_token(token)
+        )
+
+    def open(self, skip_special_tokens: bool) -> IncrementalText:
+        """A fresh text."""
+        if self._byte_level:
+            return ByteLevelText(self._byte_level[skip_special_tokens])
+        return WindowText(self, skip_special_tokens)
+
+    def describe(self, token_id: int) -> str:
+        """One token's own text as a JSON string, special tokens included: for people who watch."""
+        text = self.tokenizer.decode([token_id], skip_special_tokens=False) if token_id in self.known_ids else ""
+        return json.dumps(text, ensure_ascii=False)
+
+
+# ---- byte-level BPE -------------------------------------------------------------------------------------------------
+
+
+class _ByteLevelTable:
+    """Token id to text for tokens that are whole characters, and token id to bytes for all."""
+
+    def __init__(self, texts: dict[int, str], data: dict[int, bytes]) -> None:
+        self.texts = texts
+        self.data = data
+
+    @classmethod
+    def of(cls, vocabulary: dict[str, int]) -> _ByteLevelTable:
+        byte_of = {ord(char): byte for byte, char in enumerate(_byte_level_alphabet())}
+        texts: dict[int, str] = {}
+        data: dict[int, bytes] = {}
+        for token, token_id in vocabulary.items():
+            # A token with any character outside the alphabet (added tokens) stands for itself.
+            if all(ord(char) in byte_of for char in token):
+                data[token_id] = bytes(byte_of[ord(char)] for char in token)
+            else:
+                data[token_id] = token.encode()
+            try:
+                texts[token_id] = data[token_id].decode()
+            except UnicodeDecodeError:
+                continue
+        return cls(texts, data)
+
+    def without(self, token_ids: frozenset[int]) -> _ByteLevelTable:
+        """The same table with these tokens' texts empty."""
+        return _ByteLevelTable(
+            {**self.texts, **dict.fromkeys(token_ids, "")}, {**self.data, **dict.fromkeys(token_ids, b"")}
+        )
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The character that GPT-2's byte-level BPE writes for each byte: itself if it is printable, else one above 255."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class ByteLevelText:
+    """The text of byte-level BPE tokens: a UTF-8 stream, with U+FFFD for what is not UTF-8."""
+
+    __slots__ = ("_data", "_pending", "_texts")
+
+    def __init__(self, table: _ByteLevelTable) -> None:
+        self._texts = table.texts
+        self._data = table.data
+        self._pending = b""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) == 1 and not self._pending:
+            text = self._texts.get(token_ids[0])
+            if text is not None:
+                return text
+        return "".join([self._push_one(token_id) for token_id in token_ids])
+
+    def _push_one(self, token_id: int) -> str:
+        if not self._pending:
+            text = self._texts.get(token_id)
+            if text is not None:
+                return text
+        data = self._pending + self._data.get(token_id, b"")
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
+    def flush(self) -> str:
+        pending, self._pending = self._pending, b""
+        return pending.decode("utf-8", "replace")
+
+
+# ---- every other decoder --------------------------------------------------------------------------------------------
+
+
+class WindowText:
+    """The text of tokens under any decoder.
+
+    `_window` holds the last token(s) whose text was given out, as context, and the tokens held back. What a token adds
+    under every decoder of the tokenizers library depends on the tokens before it only through the one directly before
+    (is there one, has a leading space been stripped already), and on the run of byte-fallback tokens it is part of.
+
+    A run of byte-fallback tokens is one unit: the tokenizer turns the whole run into U+FFFD when any part of it is not
+    UTF-8. So the run is held until it ends. That hold is bounded: from MAX_BYTE_RUN tokens on, whole characters are
+    given out, and if such a long run breaks later, the characters already shown stay (the only difference from the
+    tokenizer's own decode).
+    """
+
+    def __init__(self, texts: TokenTexts, skip_special_tokens: bool) -> None:
+        self._decode = texts.tokenizer.decode
+        self._known_ids = texts.known_ids
+        self._skipped_ids = texts.special_ids if skip_special_tokens else frozenset()
+        self._byte_ids = texts.byte_ids
+        self._window: list[int] = []
+        self._context_chars = 0
+        self._held = 0
+        self._hold_limit = MAX_BYTE_RUN
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._push_one(token_id) for token_id in token_ids])
+
+    def _push_one(self, token_id: int) -> str:
+        if token_id not in self._known_ids or token_id in self._skipped_ids:
+            return ""
+        self._window.append(token_id)
+        self._held += 1
+        if token_id not in self._byte_ids:
+            self._hold_limit = MAX_BYTE_RUN
+            return self._give_out(context=1)
+        if self._held < self._hold_limit:
+            return ""
+        return self._give_out_characters()
+
+    def _give_out_characters(self) -> str:
+        """Inside a long run of byte tokens: give out what is held if it ends with a whole character."""
+        text = self._decode(self._window, skip_special_tokens=False)
+        whole = not text.endswith("\ufffd")
+        if not whole and self._held < self._hold_limit + _MAX_CHARACTER_BYTES - 1:
+            return ""
+        self._hold_limit = 1
+        return self._give_out(context=len(text[-1:].encode()) if whole else 1)
+
+    def _give_out(self, context: int) -> str:
+        """Everything the window adds to its context; its last `context` tokens become the new context."""
+        text = self._decode(self._window, skip_special_tokens=False)
+        new_text = text[self._context_chars :]
+        self._held = 0
+        context_text = self._decode(self._window[-context:], skip_special_tokens=False)
+        if context_text:
+            # Without text the decoder may still be waiting to strip a leading space, so the window keeps growing.
+            self._window = self._window[-context:]
+            text = context_text
+        self._context_chars = len(text)
+        return new_text
+
+    def flush(self) -> str:
+        return self._give_out(context=1) if self._held else ""
+
+
+def _decoder_types(tokenizer: Tokenizer) -> list[str]:
+    """The type names of the tokenizer's decoder and of its parts."""
+    if tokenizer.decoder is None:
+        return []
+    return _type_names(json.loads(tokenizer.decoder.__getstate__()))
+
+
+def _type_names(decoder: dict[str, Any]) -> list[str]:
+    if decoder["type"] != "Sequence":
+        return [decoder["type"]]
+    return [name for part in decoder["decoders"] for name in _type_names(part)]
+
+
+def _is_byte_token(token: str) -> bool:
+    """Whether the ByteFallback decoder reads this token as a byte, such as `<0xE4>`."""
+    if len(token) != 6 or not (token.startswith("<0x") and token.endswith(">")):
+        return False
+    return all(char in "0123456789abcdefABCDEF" for char in token[3:5])

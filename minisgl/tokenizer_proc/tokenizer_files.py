@@ -1,0 +1,102 @@
+"""A model's tokenizer files, as the `tokenizers` library and the chat template need them.
+
+The tokenizer and the detokenizer process both load through here, and so does the in-process Engine. The behaviour is
+that of transformers' fast tokenizers, without importing transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from minisgl.config import ConfigError
+from minisgl.model_files import read_json
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The model's tokenizer; raises ConfigError when the directory has none that can be used."""
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").exists():
+        return _convert_with_transformers(directory, trust_remote_code)
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"{directory / 'tokenizer.json'} cannot be read ({error}): fetch it again") from error
+    config = read_json(directory / "tokenizer_config.json")
+    _add_missing_tokens(tokenizer, config.get("added_tokens_decoder") or {})
+    _apply_bos_eos_switches(tokenizer, config, named_tokens(directory))
+    # A truncating or padding tokenizer.json would change prompts silently.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def named_tokens(directory: str | Path) -> dict[str, str]:
+    """The texts of the special tokens that have a role, such as {"bos_token": "<s>"}: chat templates use them."""
+    directory = Path(directory)
+    config = read_json(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config = {**config, **read_json(directory / "special_tokens_map.json")}
+    values = {name: config.get(name) for name in _NAMED_TOKENS}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def read_chat_template(directory: str | Path) -> str | None:
+    """The model's (default) chat template, from whichever file holds it; None when it has none."""
+    directory = Path(directory)
+    own_file = directory / "chat_template.jinja"
+    if own_file.exists():
+        return own_file.read_text(encoding="utf-8")
+    template = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if template is None:
+        template = read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _add_missing_tokens(tokenizer: Tokenizer, listed: dict[str, dict[str, Any]]) -> None:
+    """Add the tokens of tokenizer_config.json that tokenizer.json lacks or describes differently, in id order."""
+    present = tokenizer.get_added_tokens_decoder()
+    for token_id, fields in sorted(listed.items(), key=lambda item: int(item[0])):
+        token = AddedToken(**{name: value for name, value in fields.items() if name != "__type"})
+        if repr(present.get(int(token_id))) != repr(token):
+            tokenizer.add_tokens([token])
+
+
+def _apply_bos_eos_switches(tokenizer: Tokenizer, config: dict[str, Any], named: dict[str, str]) -> None:
+    """Let add_bos_token and add_eos_token of tokenizer_config.json, where given, decide what surrounds a prompt."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    bos = [named["bos_token"]] if config.get("add_bos_token") and "bos_token" in named else []
+    eos = [named["eos_token"]] if config.get("add_eos_token") and "eos_token" in named else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in bos + eos],
+    )
+
+
+def _convert_with_transformers(directory: Path, trust_remote_code: bool) -> Tokenizer:
+    """The fast tokenizer that transformers makes from older file formats (vocab.json, tokenizer.model, ...)."""
+    # The import costs seconds, so only a model without tokenizer.json pays for it.
+    from transformers import AutoTokenizer
+
+    try:
+        slow_or_fast = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except Exception as error:  # anything can go wrong in a converter
+        raise ConfigError(
+            f"{directory} has no tokenizer.json, and transformers cannot make one from its other files: {error}"
+        ) from error
+    tokenizer = getattr(slow_or_fast, "backend_tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(f"{directory} has no tokenizer.json, and its tokenizer cannot be converted into one")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
