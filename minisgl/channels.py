@@ -122,6 +122,7 @@ def deliver(address: str, *messages: Message, timeout_ms: int = 1000) -> None:
     """Send messages and wait until they have left; for a process that is about to exit."""
     with zmq.Context() as context:
         socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.LINGER, timeout_ms)
         socket.connect(address)
         for message in messages:
@@ -183,7 +184,7 @@ class Peers:
     def deliver(self, index: int, messages: Sequence[Message]) -> None:
         """Send last words to a worker, if it is up, and wait until they have left."""
         outbox = self._outboxes[index]
-        if outbox is not None:
+        if outbox is not None and messages:
             deliver(outbox.address, *messages)
 
     def close(self) -> None:
