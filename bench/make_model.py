@@ -189,8 +189,12 @@ def write_tokenizer(shape: Shape, out: Path) -> None:
         }
         for token, token_id in sorted(shape.special_tokens.items(), key=lambda item: item[1])
     ]
+    # A special token that is named here but has no id would be added beyond the vocabulary.
+    specials = shape.special_tokens
     config.pop("added_tokens_decoder", None)
+    config["additional_special_tokens"] = list(specials)
     config["eos_token"] = "<|im_end|>"
+    config["pad_token"] = next(token for token in specials if "end" in token)
     config["model_max_length"] = shape.context
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     (out / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2))
