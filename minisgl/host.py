@@ -1,0 +1,188 @@
+"""What a launch needs of its host: the listening port, a run directory for the sockets, the number of GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import importlib.metadata
+import os
+import re
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from minisgl.config import ServerConfig
+from minisgl.launcher import LaunchFailed
+
+_RUN_DIR = re.compile(r"minisgl-run-\d+-\w+")
+_LONGEST_BASE = 48
+"""A socket's path may have about 100 bytes, of which the run directory and the worker's name take up to 50."""
+
+
+# ---- listening port -------------------------------------------------------------------------------------------------
+
+
+def bind_listen_sockets(host: str, port: int, count: int) -> list[socket.socket]:
+    """`count` sockets bound to one port (0 takes a free one), not yet listening; several share it by SO_REUSEPORT.
+
+    Raises LaunchFailed when the port is taken or the address is not this host's.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise LaunchFailed(f"--host {host} is not a usable address: {error.strerror}") from None
+    # Sockets that share a port would share it with another server as well, so one that does not share asks first.
+    first = _bind(family, address, host, shared=False)
+    if count == 1:
+        return [first]
+    address = (address[0], first.getsockname()[1], *address[2:])
+    first.close()
+    return [_bind(family, address, host, shared=True) for _ in range(count)]
+
+
+def listen(sockets: list[socket.socket], backlog: int = 2048) -> None:
+    """Let connections queue up until the http workers accept them; raises LaunchFailed when the port is taken."""
+    for sock in sockets:
+        try:
+            sock.listen(backlog)
+        except OSError as error:
+            raise _port_error(error, *sock.getsockname()[:2]) from None
+
+
+def _bind(family: socket.AddressFamily, address: tuple[object, ...], host: str, shared: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _port_error(error, host, int(str(address[1]))) from None
+    return sock
+
+
+def _port_error(error: OSError, host: str, port: int) -> LaunchFailed:
+    if error.errno == errno.EADDRINUSE:
+        return LaunchFailed(f"port {port} is in use{_port_owner(port)}: choose another with --port")
+    if error.errno == errno.EACCES:
+        return LaunchFailed(f"port {port} needs privileges this user does not have: choose one above 1023 with --port")
+    return LaunchFailed(f"cannot listen on {host} port {port}: {error.strerror}")
+
+
+def _port_owner(port: int) -> str:
+    """` (by pid 123 name)` of the process that listens on a port, or nothing when the host does not tell."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == "0A":
+                    inodes.add(f"socket:[{fields[9]}]")
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if str(descriptor.readlink()) in inodes:
+                process = descriptor.parents[1]
+                return f" (by pid {process.name} {(process / 'comm').read_text().strip()})"
+    return ""
+
+
+# ---- run directory --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_directory() -> Iterator[str]:
+    """A fresh directory, open to this user alone, for one launch's sockets; removed at the end.
+
+    A launcher holds a lock on its directory, which the kernel releases however the launcher dies. So a directory
+    without a lock is the leftover of a dead one and is removed here too.
+    """
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > _LONGEST_BASE:
+        base = Path("/tmp")
+    for leftover in base.glob("minisgl-run-*"):
+        with contextlib.suppress(OSError):
+            _remove_if_unlocked(leftover)
+    path, lock = _create_locked(base)
+    try:
+        yield str(path)
+    finally:
+        _remove_sockets(path)
+        os.close(lock)
+
+
+def _create_locked(base: Path) -> tuple[Path, int]:
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"minisgl-run-{os.getpid()}-", dir=base))
+        # Another launch may sweep the directory before the lock is on it; then make another.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.stat()
+                return path, lock
+            except (BlockingIOError, FileNotFoundError):
+                os.close(lock)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    info = path.lstat()
+    if not (_RUN_DIR.fullmatch(path.name) and stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()):
+        return
+    lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_sockets(path)
+    finally:
+        os.close(lock)
+
+
+def _remove_sockets(path: Path) -> None:
+    """Remove a run directory: only sockets, so that nothing a user put there is ever deleted."""
+    for entry in path.iterdir():
+        if entry.is_socket():
+            entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def replica_count(config: ServerConfig, env: Mapping[str, str] | None = None) -> int:
+    """Scheduler processes to start: --dp-size, else one per CUDA device, else one. Does not import torch."""
+    env = os.environ if env is None else env
+    if config.dp_size is not None:
+        return config.dp_size
+    if env.get("ENABLE_MULTI_DEVICE") == "0" or config.device in ("cpu", "mps"):
+        return 1
+    return max(1, cuda_device_count(env) - config.base_gpu_id)
+
+
+def cuda_device_count(env: Mapping[str, str]) -> int:
+    """CUDA devices that torch will see here: those of the driver, limited by CUDA_VISIBLE_DEVICES."""
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return _driver_device_count()
+    named = [name for name in visible.split(",") if name.strip()]
+    return min(len(named) if "-1" not in named else named.index("-1"), _driver_device_count())
+
+
+def _driver_device_count() -> int:
+    """What NVML, the library behind nvidia-smi, counts; 0 without an NVIDIA driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    count = ctypes.c_uint(0)
+    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    nvml.nvmlShutdown()
+    return count.value

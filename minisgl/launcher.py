@@ -1,0 +1,168 @@
+"""Starting worker processes: the Launcher interface, and the launcher of processes on this host.
+
+A launcher chooses addresses, starts one life of a worker, tells when it is over, and can end it. All else the
+supervisor learns over the control channel, so a launcher for other machines has to provide just this much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Protocol, TypeAlias
+
+from minisgl.channels import ipc_address
+from minisgl.config import WorkerSpec
+from minisgl.worker import run_worker
+
+EntryPoint: TypeAlias = Callable[[bytes, Connection, socket.socket | None], None]
+
+_REAP_SECONDS = 0.01
+
+
+class LaunchFailed(Exception):
+    """The server cannot start or cannot go on; the message is the root cause, as a sentence for the user.
+
+    `details` is what the failed process said of itself (a traceback), for above that sentence.
+    """
+
+    def __init__(self, cause: str, details: str = "") -> None:
+        super().__init__(cause)
+        self.details = details
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker's life ended: `reason` is like "killed by signal 9" or "exited with status 1".
+
+    A `signalled` end left no time for a Failed message.
+    """
+
+    reason: str
+    signalled: bool
+
+
+class WorkerProcess(Protocol):
+    """One life of a worker."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None:
+        """End it at once, with everything it started; its `on_exit` follows."""
+
+
+class Launcher(Protocol):
+    """Starts workers. All methods are called from the supervisor's event loop, in the main thread."""
+
+    def inbox_address(self, process: str, epoch: int) -> str:
+        """Where one life of a worker (or the supervisor, epoch 1) is to bind its inbox."""
+
+    def start(self, spec: WorkerSpec, on_exit: Callable[[Exit], None]) -> WorkerProcess:
+        """Start one life of a worker; the event loop calls `on_exit` once, when it is over."""
+
+
+class LocalLauncher:
+    """Spawns workers as processes of this host whose lives are tied to this process.
+
+    Args:
+        run_dir: directory of this launch's sockets.
+        listen_sockets: one bound socket per http worker; a restarted worker gets the same one, so that connections
+            waiting in it are not lost.
+        entry_point: what a worker process runs.
+    """
+
+    def __init__(
+        self, run_dir: str, listen_sockets: Sequence[socket.socket], entry_point: EntryPoint = run_worker
+    ) -> None:
+        self._run_dir = run_dir
+        self._listen_sockets = listen_sockets
+        self._entry_point = entry_point
+        self._context = multiprocessing.get_context("spawn")
+        # Nobody ever writes: the end of file that this process's death brings is the message. Spawned processes
+        # inherit only what is passed to them, so no sibling can hold the write end open.
+        self._life_line, self._held_end = self._context.Pipe(duplex=False)
+        self._processes: list[LocalProcess] = []
+
+    def inbox_address(self, process: str, epoch: int) -> str:
+        return ipc_address(self._run_dir, process, epoch)
+
+    def start(self, spec: WorkerSpec, on_exit: Callable[[Exit], None]) -> LocalProcess:
+        listen_socket = self._listen_sockets[spec.index] if spec.kind == "http" else None
+        process = self._context.Process(
+            target=self._entry_point, name=spec.name, args=(spec.pack(), self._life_line, listen_socket)
+        )
+        with _signals_blocked():
+            process.start()
+        self._processes = [other for other in self._processes if other.alive]
+        self._processes.append(LocalProcess(process, on_exit))
+        return self._processes[-1]
+
+    def close(self) -> None:
+        """Kill whatever still runs and wait for it."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._held_end.close()
+        self._life_line.close()
+
+
+class LocalProcess:
+    """A spawned process, watched by the running event loop."""
+
+    def __init__(self, process: SpawnProcess, on_exit: Callable[[Exit], None]) -> None:
+        self._process = process
+        self._on_exit = on_exit
+        assert process.pid is not None
+        self.pid = process.pid
+        asyncio.get_running_loop().add_reader(process.sentinel, self._ended)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.exitcode is None
+
+    def kill(self) -> None:
+        if not self.alive:
+            return
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            # It has not become a session leader yet, so it has started nothing either.
+            self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+
+    def _ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self.kill()
+        self._reap()
+
+    def _reap(self) -> None:
+        self._process.join(timeout=0)
+        code = self._process.exitcode
+        if code is None:
+            # The kernel is still taking it down (GPU memory can need a while); never block the loop for it.
+            asyncio.get_running_loop().call_later(_REAP_SECONDS, self._reap)
+        elif code < 0:
+            self._on_exit(Exit(f"killed by signal {-code}", signalled=True))
+        else:
+            self._on_exit(Exit(f"exited with status {code}", signalled=False))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block Ctrl-C and SIGTERM: a starting child inherits that, until it ignores them by its own doing."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
