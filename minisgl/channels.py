@@ -84,6 +84,8 @@ class Inbox:
         """
 
         def on_readable() -> None:
+            if self._socket.closed:
+                return
             messages = self.drain()
             if messages:
                 loop.call_soon(on_readable)
