@@ -1,0 +1,142 @@
+"""Prompts to token ids: text, ready-made ids or chat messages, all checked against the model's limits."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from minisgl.config import ConfigError
+from minisgl.messages import JsonObject
+from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError
+from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer, named_tokens, read_chat_template
+
+
+class PromptRefused(ValueError):
+    """The prompt cannot be served; the message says why and what to change.
+
+    Attributes:
+        code: one word for programs.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PromptText(NamedTuple):
+    """A prompt before tokenization."""
+
+    text: str
+    add_special_tokens: bool
+    """Whether the tokenizer adds BOS and the like; a chat template has already written them."""
+
+
+class PromptEncoder:
+    """Encodes prompts for one model; equal to transformers' `encode` and `apply_chat_template`.
+
+    Args:
+        chat_template: None when the model has none; chat messages are then refused.
+        context_length: prompt and answer together, in tokens.
+        vocab_size: token ids the model has embeddings for.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: ChatTemplate | None, context_length: int, vocab_size: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        # A token stands for at most as many characters as its own text has.
+        self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+
+    @classmethod
+    def from_directory(
+        cls, directory: str | Path, context_length: int, vocab_size: int, trust_remote_code: bool = False
+    ) -> PromptEncoder:
+        """Load the tokenizer and chat template files; raises ConfigError when they are missing or broken."""
+        source = read_chat_template(directory)
+        try:
+            template = None if source is None else ChatTemplate(source, named_tokens(directory))
+        except ChatTemplateError as error:
+            raise ConfigError(f"the chat template in {directory} is not valid Jinja: {error}") from error
+        return cls(load_tokenizer(directory, trust_remote_code), template, context_length, vocab_size)
+
+    def encode(self, prompt: str | list[int] | list[JsonObject], max_new_tokens: int | None) -> list[int]:
+        """The prompt's token ids, at least one; raises PromptRefused.
+
+        Args:
+            max_new_tokens: what must fit behind the prompt; None is "whatever is left".
+        """
+        rendered = self.render(prompt)
+        ids = self.tokenize(rendered) if isinstance(rendered, PromptText) else rendered
+        self.check_length(len(ids), max_new_tokens)
+        return ids
+
+    def render(self, prompt: str | list[int] | list[JsonObject]) -> PromptText | list[int]:
+        """The text to tokenize, or the prompt itself when it is token ids already; raises PromptRefused."""
+        if isinstance(prompt, str):
+            rendered = PromptText(prompt, add_special_tokens=True)
+        else:
+            token_ids = [item for item in prompt if isinstance(item, int)]
+            if len(token_ids) == len(prompt):
+                return self._checked_ids(token_ids)
+            rendered = PromptText(self._render_chat([item for item in prompt if isinstance(item, dict)]), False)
+        if len(rendered.text) > self.max_characters:
+            raise PromptRefused(
+                "prompt_too_long",
+                f"the prompt has {len(rendered.text)} characters, more than {self.context_length} tokens "
+                f"(this model's context length) can hold: shorten it",
+            )
+        return rendered
+
+    def tokenize(self, prompt: PromptText) -> list[int]:
+        """The token ids of a text. Other threads run meanwhile."""
+        # The batch call releases the interpreter lock and leaves out the character offsets that `encode` computes.
+        ids: list[int] = self.tokenizer.encode_batch_fast([prompt.text], add_special_tokens=prompt.add_special_tokens)[
+            0
+        ].ids
+        return ids
+
+    def check_length(self, prompt_tokens: int, max_new_tokens: int | None) -> None:
+        """Raise PromptRefused unless the prompt has tokens and leaves room for the answer."""
+        if prompt_tokens == 0:
+            raise PromptRefused("empty_prompt", "the prompt is empty: give at least one token")
+        if prompt_tokens >= self.context_length:
+            raise PromptRefused(
+                "prompt_too_long",
+                f"the prompt has {prompt_tokens} tokens and this model's context length is {self.context_length}: "
+                f"shorten the prompt to at most {self.context_length - 1}",
+            )
+        if max_new_tokens is not None and prompt_tokens + max_new_tokens > self.context_length:
+            raise PromptRefused(
+                "prompt_too_long",
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}, together more than "
+                f"this model's context length {self.context_length}: shorten the prompt, or lower max_new_tokens "
+                f"to at most {self.context_length - prompt_tokens}",
+            )
+
+    def warm_up(self) -> None:
+        """Run every path once, so that the first request does not pay for it."""
+        self.tokenize(PromptText("Hello", add_special_tokens=True))
+        # A template may insist on other messages than these.
+        with contextlib.suppress(PromptRefused):
+            self.render([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+
+    def _render_chat(self, messages: list[JsonObject]) -> str:
+        if self.chat_template is None:
+            raise PromptRefused("no_chat_template", "this model has no chat template: send prompt instead of messages")
+        try:
+            return self.chat_template.render(messages)
+        except ChatTemplateError as error:
+            raise PromptRefused("chat_template_error", f"the model's chat template failed: {error}") from error
+
+    def _checked_ids(self, ids: list[int]) -> list[int]:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise PromptRefused(
+                "invalid_token_id", f"token ids of this model are 0 to {self.vocab_size - 1}: the prompt has others"
+            )
+        return ids

@@ -1,0 +1,179 @@
+"""The tokenizer process: the loop, and what happens to one request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+
+from minisgl import timeline
+from minisgl.channels import Peers
+from minisgl.config import WorkerSpec
+from minisgl.messages import (
+    AbortRequest,
+    GenerateRequest,
+    JsonObject,
+    Message,
+    RequestError,
+    Shutdown,
+    TokenizedRequest,
+    WorkerDown,
+    WorkerUp,
+    http_worker_of,
+)
+from minisgl.tokenizer_proc.dispatcher import Dispatcher
+from minisgl.tokenizer_proc.encode import PromptEncoder, PromptRefused, PromptText
+from minisgl.tokenizer_proc.router import make_router
+from minisgl.tokenizer_proc.slow_lane import SlowLane
+from minisgl.tokenizer_proc.time_limit import time_limit
+from minisgl.worker import MAX_IDLE_MS, Worker
+
+logger = logging.getLogger(__name__)
+
+LONG_PROMPT_CHARS = 32_768
+"""Texts above this (some 10 ms of work) go to the slow lane."""
+SLOW_LANE_POLL_MS = 5
+TEMPLATE_SECONDS = 2.0
+"""How long the chat template may take for one request."""
+
+
+def main(worker: Worker) -> None:
+    """Load the tokenizer, then serve until Shutdown."""
+    inbox = worker.open_inbox(GenerateRequest, AbortRequest)
+    worker.progress("loading the tokenizer")
+    model = worker.spec.model
+    encoder = PromptEncoder.from_directory(
+        model.directory, model.context_length, model.vocab_size, worker.spec.config.trust_remote_code
+    )
+    with time_limit(TEMPLATE_SECONDS):
+        encoder.warm_up()
+    service = TokenizerService(worker.spec, encoder)
+    worker.ready({"chat_template": encoder.chat_template is not None})
+    while True:
+        inbox.wait(service.patience_ms)
+        for message in inbox.drain():
+            if type(message) is Shutdown:
+                service.close()
+                return
+            service.handle(message)
+            worker.tick()
+        service.finish_round()
+        worker.stats.update(service.stats())
+        worker.tick()
+
+
+class TokenizerService:
+    """Turns requests into token ids and has them dispatched; whatever goes wrong with one ends that one alone."""
+
+    def __init__(self, spec: WorkerSpec, encoder: PromptEncoder) -> None:
+        self._encoder = encoder
+        self._narrate = spec.config.narrate
+        self._http = Peers("http", spec.config.http_workers)
+        self._dispatcher = Dispatcher(spec.replicas, make_router(spec.config.load_balance_method, first=spec.index))
+        self._slow_lane = SlowLane(encoder)
+        self._gone_http_lives: set[tuple[int, int]] = set()
+        self._counters: Counter[str] = Counter()
+
+    @property
+    def patience_ms(self) -> int:
+        """How long the loop may sleep when nothing arrives."""
+        return SLOW_LANE_POLL_MS if self._slow_lane.requests else MAX_IDLE_MS
+
+    def stats(self) -> JsonObject:
+        return {
+            **self._counters,
+            "held": len(self._dispatcher.held),
+            "in_slow_lane": len(self._slow_lane.requests),
+        }
+
+    def handle(self, message: Message) -> None:
+        """React to one message from the inbox."""
+        if type(message) is GenerateRequest:
+            self._take(message)
+        elif type(message) is AbortRequest:
+            self._abort(message)
+        elif type(message) is WorkerUp:
+            self._http.up(message)
+            self._dispatcher.up(message)
+        elif type(message) is WorkerDown:
+            self._dispatcher.down(message)
+            if self._http.down(message.worker, message.epoch) is not None:
+                self._forget_requests_of(self._http.names.index(message.worker), message.epoch)
+
+    def finish_round(self) -> None:
+        """Dispatch what the slow lane has done, and tell http which replica got which request."""
+        for request, result in self._slow_lane.finished():
+            if isinstance(result, BaseException):
+                self._answer_error(request.rid, result)
+            else:
+                self._dispatch(request, result)
+        for http_index, announcement in self._dispatcher.take_announcements():
+            self._http.send(http_index, announcement)
+
+    def close(self) -> None:
+        """End what no replica has yet with an error."""
+        errors = [
+            RequestError(rid, 503, "shutting_down", "the server is shutting down")
+            for rid in (*self._dispatcher.held, *self._slow_lane.requests)
+        ]
+        for index in range(len(self._http.names)):
+            self._http.deliver(index, [error for error in errors if http_worker_of(error.rid)[0] == index])
+        self._http.close()
+        self._dispatcher.close()
+
+    def _take(self, request: GenerateRequest) -> None:
+        request.stamps.append(timeline.now())
+        http_life = http_worker_of(request.rid)
+        if http_life[0] not in range(len(self._http.names)) or http_life in self._gone_http_lives:
+            self._counters["unanswerable"] += 1
+            return
+        self._counters["requests"] += 1
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                prompt = self._encoder.render(request.prompt)
+            if not isinstance(prompt, PromptText):
+                self._dispatch(request, prompt)
+            elif len(prompt.text) > LONG_PROMPT_CHARS:
+                self._slow_lane.submit(request, prompt)
+            else:
+                self._dispatch(request, self._encoder.tokenize(prompt))
+        except BaseException as error:  # a panic of the native library is no Exception
+            self._answer_error(request.rid, error)
+
+    def _dispatch(self, request: GenerateRequest, input_ids: list[int]) -> None:
+        try:
+            self._encoder.check_length(len(input_ids), request.sampling.max_new_tokens)
+        except PromptRefused as refusal:
+            self._answer_error(request.rid, refusal)
+            return
+        if self._narrate:
+            elapsed_ms = (time.monotonic_ns() - request.stamps[-1]) / 1e6
+            logger.info("request %d: tokenized to %d ids in %.2f ms", request.rid, len(input_ids), elapsed_ms)
+        self._dispatcher.dispatch(TokenizedRequest(request.rid, input_ids, request.sampling, request.stamps))
+
+    def _abort(self, message: AbortRequest) -> None:
+        """End a request that is still here; an abort of any other follows it to the replicas."""
+        if self._slow_lane.cancel(message.rid) or self._dispatcher.withdraw(message.rid):
+            self._send_error(RequestError(message.rid, 499, "aborted", "the request was aborted before it started"))
+        else:
+            self._dispatcher.abort(message)
+
+    def _forget_requests_of(self, http_index: int, epoch: int) -> None:
+        """Drop the requests of a dead http process; the schedulers do the same with those they have."""
+        self._gone_http_lives.add((http_index, epoch))
+        for rid in (*self._dispatcher.held, *self._slow_lane.requests):
+            if http_worker_of(rid) == (http_index, epoch):
+                self._dispatcher.withdraw(rid)
+                self._slow_lane.cancel(rid)
+
+    def _answer_error(self, rid: int, error: BaseException) -> None:
+        if isinstance(error, PromptRefused):
+            self._counters["refused"] += 1
+            self._send_error(RequestError(rid, 400, error.code, str(error)))
+        else:
+            self._counters["errors"] += 1
+            logger.error("request %d: tokenizing failed", rid, exc_info=error)
+            self._send_error(RequestError(rid, 500, "tokenizer_error", f"the prompt could not be tokenized: {error}"))
+
+    def _send_error(self, error: RequestError) -> None:
+        self._http.send(http_worker_of(error.rid)[0], error)
