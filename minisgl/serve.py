@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from minisgl.config import ConfigError, ModelSpec, ServerConfig, parse_args
 from minisgl.host import bind_listen_sockets, listen, replica_count, run_directory
@@ -22,14 +22,25 @@ from minisgl.supervisor import LAST_WORDS_SECONDS, Supervisor
 
 WARM_UP_TOKENS = 2
 
+Announce: TypeAlias = Callable[[str, str], None]
+"""Called with the server's URL and the notice for the user."""
+
+
+def _print_notice(url: str, notice: str) -> None:
+    print(notice, flush=True)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and serve; the process's exit status."""
     return run(parse_args(argv))
 
 
-def run(config: ServerConfig) -> int:
+def run(config: ServerConfig, view: LaunchView | None = None, announce: Announce = _print_notice) -> int:
     """Serve until a signal ends it. Must be called from a process's main thread.
+
+    Args:
+        view: shows the start; None chooses one for standard error.
+        announce: called once when the server answers.
 
     Returns:
         0 after a drain that answered every request (or a start that the user stopped), 1 after a failure, whose root
@@ -37,7 +48,7 @@ def run(config: ServerConfig) -> int:
     """
     started = time.monotonic()
     setup_logging("launcher", config.log_level)
-    view = open_view()
+    view = view or open_view()
     try:
         sockets = bind_listen_sockets(config.host, config.port, config.http_workers)
         config = dataclasses.replace(config, port=sockets[0].getsockname()[1])
@@ -47,7 +58,7 @@ def run(config: ServerConfig) -> int:
         with run_directory() as run_dir:
             launcher = LocalLauncher(run_dir, sockets)
             try:
-                return asyncio.run(_serve(config, model, launcher, sockets, view, started))
+                return asyncio.run(_serve(config, model, launcher, sockets, view, announce, started))
             finally:
                 launcher.close()
     except (LaunchFailed, ModelNotFound, ConfigError) as error:
@@ -68,6 +79,7 @@ async def _serve(
     launcher: LocalLauncher,
     sockets: list[socket.socket],
     view: LaunchView,
+    announce: Announce,
     started: float,
 ) -> int:
     replicas = replica_count(config)
@@ -99,7 +111,7 @@ async def _serve(
         view.close()
         seconds = time.monotonic() - started
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        print(ready_notice(model, url, supervisor.info_of("scheduler-0"), replicas, seconds), flush=True)
+        announce(url, ready_notice(model, url, supervisor.info_of("scheduler-0"), replicas, seconds))
         return await stopped
     finally:
         await supervisor.stop()
