@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 GREEDY_TEMPERATURE = 1e-6
 """Temperatures below this mean greedy decoding, as sglang defines it."""
 
@@ -51,6 +52,10 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise InvalidSamplingParams for the first field out of range."""
+        for name in ("max_new_tokens", "top_k", "min_new_tokens"):
+            # They end up in 32-bit columns.
+            if (getattr(self, name) or 0) >= 2**31:
+                raise InvalidSamplingParams(f"{name} must be below {2**31}, got {getattr(self, name)}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise InvalidSamplingParams(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
@@ -76,6 +81,10 @@ class SamplingParams:
                 raise InvalidSamplingParams(
                     f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, got {len(stop)}"
                 )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidSamplingParams(
+                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}"
+            )
         for token_id in self.stop_token_ids:
             if not 0 <= token_id < 2**31:
                 raise InvalidSamplingParams(f"stop_token_ids must be token ids, got {token_id}")
