@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 STAMPS = (
-    "received",  # http: the request's body has arrived
+    "received",  # http: the request's head has arrived (its body may still be on the way)
     "sent",  # http: validated and pushed to the tokenizer
     "tokenizer_in",  # tokenizer: read from its inbox
     "tokenized",  # tokenizer: pushed to a scheduler
