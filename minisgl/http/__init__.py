@@ -1,1 +1,10 @@
-"""To be written."""
+"""The HTTP process: where a request enters the ring and where its answer leaves it.
+
+In: HTTP from clients; DeltaBatch and RequestError from the detokenizer (RequestError and Dispatched from the
+tokenizer); WorkerUp, WorkerDown, Health, Drain and Shutdown from the supervisor.
+Out: HTTP responses; GenerateRequest and AbortRequest to the tokenizer.
+Owns: the table of requests in flight, and with it what becomes of them when a worker dies.
+
+Read in this order: main.py (wiring), app.py (routes), native.py (POST /generate), streaming.py (the request table and
+its dispatcher), writer.py (bytes to one client), recovery.py (the rules after a death).
+"""

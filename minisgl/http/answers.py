@@ -1,0 +1,199 @@
+"""One generation on its way to one client: what is known of it, and how its events become a response.
+
+The ring sends three kinds of events: text deltas, done, error. A Sink decides when they are written - `EventStream` as
+they come, `WholeAnswer` in one piece at the end - and a Renderer what they look like on its API's wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from minisgl.http.accounting import Call
+from minisgl.http.errors import ApiError, to_json
+from minisgl.http.recovery import Flight
+from minisgl.http.writer import ResponseWriter
+from minisgl.messages import FinishReason, JsonObject
+from minisgl.sampling_params import SamplingParams
+from minisgl.timeline import hops_us, now, server_timing_header, total_us
+
+Prompt: TypeAlias = "str | list[int] | list[JsonObject]"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Stream(Flight):
+    """A generation request in flight.
+
+    Attributes:
+        stamps: readings of timeline.STAMPS so far, `written` being the last.
+        first_ns, first_tokens: when the first row arrived, and how many tokens it brought.
+        last_ns: when the latest row arrived.
+        finish: set by the terminal row; NONE while running and after an error.
+        matched: the token id or stop string that ended the text, if one did.
+        error: what ended it instead of a terminal row.
+    """
+
+    call: Call
+    writer: ResponseWriter
+    sink: Sink
+    prompt: Prompt
+    sampling: SamplingParams
+    stamps: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_ns: int = 0
+    first_tokens: int = 0
+    last_ns: int = 0
+    finish: FinishReason = FinishReason.NONE
+    matched: int | str | None = None
+    error: ApiError | None = None
+
+    def restart(self) -> None:
+        """Forget what an unseen run of this request has brought."""
+        self.replica = None
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.first_ns = self.first_tokens = self.last_ns = 0
+        self.sink.restart()
+
+    def usage(self) -> JsonObject:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+        }
+
+    def timing(self) -> JsonObject:
+        """The way to the first byte, hop by hop, and the rates of this request.
+
+        `tokens_per_second` counts from the arrival of the request, `decode_tokens_per_second` from its first text; the
+        latter is null when all the text arrived at once.
+        """
+        seconds = (now() - self.call.received_ns) / 1e9
+        decode_seconds = (self.last_ns - self.first_ns) / 1e9
+        decode_rate = (self.completion_tokens - self.first_tokens) / decode_seconds if decode_seconds else None
+        return {
+            "hops_us": hops_us(self.stamps),
+            "ttfb_us": total_us(self.stamps),
+            "total_ms": round(seconds * 1e3, 3),
+            "tokens_per_second": round(self.completion_tokens / seconds, 2),
+            "decode_tokens_per_second": decode_rate and round(decode_rate, 2),
+        }
+
+
+class Renderer(Protocol):
+    """The wire format of one API. All text is ASCII, so that it can be counted and sent without another look."""
+
+    media_type: str
+
+    def delta(self, text: str, token_ids: list[int]) -> str:
+        """A piece of the answer and the tokens that it took."""
+
+    def done(self, stream: Stream) -> str:
+        """The end of a streamed answer."""
+
+    def error(self, error: ApiError) -> str:
+        """The end of a streamed answer that cannot go on."""
+
+    def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
+        """A complete answer, as JSON."""
+
+
+class Sink(Protocol):
+    """Takes the events of one stream to its writer."""
+
+    def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None: ...
+
+    def done(self, stream: Stream) -> None: ...
+
+    def fail(self, stream: Stream, error: ApiError) -> None: ...
+
+    def flush(self, stream: Stream) -> None:
+        """Hand over what has collected; called once per stream and wake-up of the dispatcher."""
+
+    def restart(self) -> None:
+        """Drop what an unseen run has brought."""
+
+
+class EventStream:
+    """Writes the events as they come. The status is sent with the first of them, so a refusal gets its own status."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._written = False
+
+    def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
+        if not text:
+            return
+        if not stream.shown:
+            self._open(stream)
+        stream.writer.write(self._renderer.delta(text, token_ids))
+
+    def done(self, stream: Stream) -> None:
+        if not stream.shown:
+            self._open(stream)
+        # The done event reports when the first byte was written, so that one must go first.
+        self.flush(stream)
+        stream.writer.write(self._renderer.done(stream))
+        stream.writer.end()
+
+    def flush(self, stream: Stream) -> None:
+        stream.writer.flush()
+        if not self._written and stream.shown:
+            self._written = True
+            stream.stamps.append(now())
+
+    def restart(self) -> None:
+        pass
+
+    def fail(self, stream: Stream, error: ApiError) -> None:
+        if stream.shown:
+            stream.writer.write(self._renderer.error(error))
+            stream.writer.end()
+        else:
+            refuse(stream.writer, error)
+
+    def _open(self, stream: Stream) -> None:
+        stream.shown = True
+        headers = {
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            "server-timing": server_timing_header(stream.stamps),
+        }
+        stream.writer.start(200, self._renderer.media_type, headers)
+
+
+class WholeAnswer:
+    """Keeps the events until the answer is complete, so that until then it can still be replayed.
+
+    The hop `write` of its timing therefore spans the generation of everything after the first token.
+    """
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+
+    def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
+        self._texts.append(text)
+        self._token_ids += token_ids
+
+    def done(self, stream: Stream) -> None:
+        stream.stamps.append(now())
+        body = self._renderer.whole(stream, "".join(self._texts), self._token_ids)
+        stream.writer.respond(200, body, {"server-timing": server_timing_header(stream.stamps)})
+
+    def flush(self, stream: Stream) -> None:
+        stream.writer.flush()
+
+    def restart(self) -> None:
+        self._texts.clear()
+        self._token_ids.clear()
+
+    def fail(self, stream: Stream, error: ApiError) -> None:
+        refuse(stream.writer, error)
+
+
+def refuse(writer: ResponseWriter, error: ApiError) -> None:
+    writer.respond(error.status, to_json(error.body()), error.headers())

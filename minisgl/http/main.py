@@ -1,0 +1,138 @@
+"""The main loop of an http worker: uvicorn on the supervisor's socket, and the ring's messages beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+import uvloop
+
+from minisgl.http.accounting import Accounts
+from minisgl.http.app import Service, create_app
+from minisgl.http.errors import ApiError
+from minisgl.http.health import HealthView
+from minisgl.http.protocol import BoundedHttpProtocol
+from minisgl.http.streaming import Streams
+from minisgl.messages import (
+    DeltaBatch,
+    Dispatched,
+    Drain,
+    Health,
+    Message,
+    RequestError,
+    Shutdown,
+    WorkerDown,
+    WorkerUp,
+)
+from minisgl.worker import Worker
+
+TICK_SECONDS = 0.1
+
+
+def main(worker: Worker) -> None:
+    worker.open_inbox(DeltaBatch, RequestError, Dispatched, Health, Drain)
+    uvloop.run(HttpProcess(worker).run())
+
+
+class HttpProcess:
+    """Everything one http worker is made of."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._accounts = Accounts()
+        self._streams = Streams(worker.spec)
+        self._health = HealthView()
+        self._crash: Exception | None = None
+        app = create_app(Service(worker.spec, self._streams, self._accounts, self._health))
+        config = uvicorn.Config(
+            app,
+            http=BoundedHttpProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=65,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = _Server(config, on_listening=self._listening)
+
+    async def run(self) -> None:
+        """Serve until Shutdown; raises what went wrong in the dispatcher, if anything did."""
+        if self._worker.listen_socket is None:
+            raise RuntimeError("an http worker needs the listening socket of its supervisor")
+        loop = asyncio.get_running_loop()
+        self._worker.inbox.attach(loop, self._on_messages)
+        self._tick(loop)
+        try:
+            await self._server.serve(sockets=[self._worker.listen_socket])
+        finally:
+            self._worker.inbox.detach(loop)
+            self._streams.shut()
+        if self._crash is not None:
+            raise self._crash
+
+    def _listening(self) -> None:
+        self._worker.ready()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._worker.tick()
+        self._streams.drop_stalled()
+        self._worker.stats.update(self._accounts.snapshot(), **self._streams.snapshot())
+        loop.call_later(TICK_SECONDS, self._tick, loop)
+
+    def _on_messages(self, messages: list[Message]) -> None:
+        try:
+            for message in messages:
+                self._handle(message)
+            self._streams.flush()
+        except Exception as error:
+            # Rows may have been lost half way: end every stream with an error rather than with a hole in its text.
+            self._crash = error
+            self._stop("failing", ApiError(500, "internal_error", "the http process failed; send the request again"))
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, DeltaBatch):
+            self._streams.take_deltas(message)
+        elif isinstance(message, RequestError):
+            self._streams.take_error(message)
+        elif isinstance(message, Dispatched):
+            self._streams.take_dispatched(message)
+        elif isinstance(message, WorkerUp):
+            self._streams.worker_up(message)
+        elif isinstance(message, WorkerDown):
+            self._streams.worker_down(message)
+        elif isinstance(message, Health):
+            self._health.take(message)
+        elif isinstance(message, Drain):
+            self._streams.draining = "draining"
+        elif isinstance(message, Shutdown):
+            stopped = "the server was stopped before it could finish this request"
+            self._stop("shutting down", ApiError(503, "shutting_down", stopped, retry_after=1))
+
+    def _stop(self, state: str, error: ApiError) -> None:
+        self._streams.draining = state
+        self._streams.fail_all(error)
+        self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers (the launcher handles signals), and with word of when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_listening()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

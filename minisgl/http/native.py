@@ -1,0 +1,215 @@
+"""This project's own API: POST /generate, answered as JSON lines, server-sent events, or one JSON object."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from json.encoder import encode_basestring_ascii as json_string
+
+from minisgl.config import ModelSpec
+from minisgl.http.answers import Prompt, Stream
+from minisgl.http.errors import ApiError, to_json
+from minisgl.http.schemas import (
+    BOOLEAN,
+    INTEGER,
+    LIST,
+    MESSAGE_FIELDS,
+    NULL,
+    NUMBER,
+    STRING,
+    STRINGS,
+    TOKEN_IDS,
+    check_messages,
+    check_token_ids,
+    field,
+    object_schema,
+    parse_object,
+    read_fields,
+)
+from minisgl.messages import JsonObject
+from minisgl.sampling_params import (
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    InvalidSamplingParams,
+    SamplingParams,
+)
+
+_DEFAULTS = SamplingParams()
+
+PROMPT_FIELDS = {
+    "prompt": field(
+        STRING, TOKEN_IDS, NULL, default=None, description="text to continue, or its token ids", minLength=1, minItems=1
+    ),
+    "messages": field(
+        LIST,
+        NULL,
+        default=None,
+        description="a chat, rendered with the model's chat template",
+        minItems=1,
+        items=object_schema(MESSAGE_FIELDS, required=list(MESSAGE_FIELDS)),
+    ),
+    "stream": field(
+        BOOLEAN, default=True, description="send the text as it is generated; false sends one JSON object at the end"
+    ),
+}
+SAMPLING_FIELDS = {
+    "max_new_tokens": field(
+        INTEGER,
+        NULL,
+        default=_DEFAULTS.max_new_tokens,
+        description="tokens to generate at most; null means up to the context length",
+        minimum=1,
+    ),
+    "temperature": field(
+        NUMBER, default=_DEFAULTS.temperature, description="0 always takes the likeliest token", minimum=0, maximum=100
+    ),
+    "top_k": field(
+        INTEGER, default=_DEFAULTS.top_k, description="sample among the k likeliest tokens; -1 takes all", minimum=-1
+    ),
+    "top_p": field(
+        NUMBER,
+        default=_DEFAULTS.top_p,
+        description="sample among the likeliest tokens that together have this probability",
+        exclusiveMinimum=0,
+        maximum=1,
+    ),
+    "min_p": field(
+        NUMBER,
+        default=_DEFAULTS.min_p,
+        description="drop tokens less likely than this fraction of the likeliest one",
+        minimum=0,
+        maximum=1,
+    ),
+    "seed": field(
+        INTEGER,
+        NULL,
+        default=None,
+        description="the same seed gives the same tokens; null draws one",
+        minimum=-(2**63),
+        maximum=2**63 - 1,
+    ),
+    "min_new_tokens": field(
+        INTEGER,
+        default=_DEFAULTS.min_new_tokens,
+        description="no end of sequence before this many tokens; at most max_new_tokens",
+        minimum=0,
+    ),
+    "ignore_eos": field(
+        BOOLEAN, default=_DEFAULTS.ignore_eos, description="do not stop at the model's end-of-sequence tokens"
+    ),
+    "stop": field(
+        STRING,
+        STRINGS,
+        NULL,
+        default=None,
+        description="a string, or several, that end the text",
+        minLength=1,
+        maxLength=MAX_STOP_STRING_CHARS,
+        maxItems=MAX_STOP_STRINGS,
+    ),
+    "stop_token_ids": field(
+        TOKEN_IDS,
+        NULL,
+        default=None,
+        description="token ids that end the text, beside the model's end-of-sequence tokens",
+    ),
+    "skip_special_tokens": field(
+        BOOLEAN, default=_DEFAULTS.skip_special_tokens, description="leave special tokens out of the text"
+    ),
+    "no_stop_trim": field(
+        BOOLEAN, default=_DEFAULTS.no_stop_trim, description="keep the stop string that matched in the text"
+    ),
+}
+FIELDS = {**PROMPT_FIELDS, **SAMPLING_FIELDS}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A validated request."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+    stream: bool
+
+
+def parse(raw: bytes, model: ModelSpec) -> Generation:
+    """Validate a request body; raises ApiError with a sentence that says what to change."""
+    values = read_fields(parse_object(raw), FIELDS)
+    prompt = _prompt(values.pop("prompt"), values.pop("messages"), model)
+    stream = values.pop("stream")
+    return Generation(prompt, _sampling(values, model), stream)
+
+
+def _prompt(prompt: str | list[int] | None, messages: list[JsonObject] | None, model: ModelSpec) -> Prompt:
+    if (prompt is None) == (messages is None):
+        found = "neither" if prompt is None else "both"
+        raise ApiError(400, "prompt_or_messages", f"send either 'prompt' or 'messages'; this request has {found}")
+    if messages is not None:
+        check_messages(messages)
+        return messages
+    if not prompt:
+        raise ApiError(400, "invalid_value", "prompt must not be empty", param="prompt")
+    if isinstance(prompt, list):
+        check_token_ids("prompt", prompt, model.vocab_size)
+    return prompt
+
+
+def _sampling(values: JsonObject, model: ModelSpec) -> SamplingParams:
+    stop = values["stop"]
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
+    params = SamplingParams(**values)
+    try:
+        params.validate()
+    except InvalidSamplingParams as error:
+        param = next((word for word in str(error).split() if word in SAMPLING_FIELDS), None)
+        raise ApiError(400, "invalid_value", str(error), param=param) from None
+    check_token_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
+    # A request may have to be generated again after a worker died; with a seed of its own it comes out the same.
+    return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
+
+
+class JsonLines:
+    """application/x-ndjson: one JSON object a line."""
+
+    media_type = "application/x-ndjson"
+
+    def delta(self, text: str, token_ids: list[int]) -> str:
+        return '{"text_delta":' + json_string(text) + "}\n"
+
+    def done(self, stream: Stream) -> str:
+        return to_json(_done(stream)) + "\n"
+
+    def error(self, error: ApiError) -> str:
+        return to_json(_error(error)) + "\n"
+
+    def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
+        ending = _done(stream)
+        del ending["event"]
+        return to_json({"text": text, "token_ids": token_ids, **ending})
+
+
+class ServerSentEvents(JsonLines):
+    """text/event-stream: the same objects as frames, closed by `data: [DONE]`."""
+
+    media_type = "text/event-stream"
+
+    def delta(self, text: str, token_ids: list[int]) -> str:
+        return 'data: {"text_delta":' + json_string(text) + "}\n\n"
+
+    def done(self, stream: Stream) -> str:
+        return f"data: {to_json(_done(stream))}\n\ndata: [DONE]\n\n"
+
+    def error(self, error: ApiError) -> str:
+        return f"data: {to_json(_error(error))}\n\ndata: [DONE]\n\n"
+
+
+def _done(stream: Stream) -> JsonObject:
+    done: JsonObject = {"event": "done", "finish_reason": stream.finish.name.lower()}
+    if stream.matched is not None:
+        done["matched"] = stream.matched
+    return {**done, "usage": stream.usage(), "timing": stream.timing()}
+
+
+def _error(error: ApiError) -> JsonObject:
+    return {"event": "error", "code": error.code, "message": error.message}

@@ -1,0 +1,107 @@
+"""The border to uvicorn: what its httptools protocol lacks, and what ASGI does not carry.
+
+`BoundedHttpProtocol` bounds the head of a request (httptools itself would buffer it without end) and answers malformed
+HTTP in the API's error shape. `Edge`, the outermost ASGI application, gives every request an Ingress.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from minisgl.http.errors import ApiError, to_json
+from minisgl.timeline import now
+
+MAX_HEAD_BYTES = 64 * 2**10
+"""Bytes a client may send without completing a request head or adding to its body."""
+_SCOPE_KEY = "minisgl.ingress"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with a bound on heads, trailers and chunk extensions."""
+
+    _unproductive_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._unproductive_bytes += len(data)
+        super().data_received(data)
+        if self._unproductive_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            limit = f"the request head must not exceed {MAX_HEAD_BYTES} bytes"
+            self._refuse(ApiError(431, "head_too_large", limit))
+
+    def on_headers_complete(self) -> None:
+        self._unproductive_bytes = 0
+        self.scope["state"]["abort_connection"] = self.transport.abort
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unproductive_bytes = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "malformed_http", "the bytes received are not an HTTP/1.1 request"))
+
+    def _refuse(self, error: ApiError) -> None:
+        # Bytes of another response may already be on their way; then only closing is right.
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = to_json(error.body())
+            head = (
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write((head + body).encode("ascii"))
+        self.transport.close()
+
+
+@dataclass(slots=True)
+class Ingress:
+    """How a request came in.
+
+    Attributes:
+        received_ns: when its head was complete and the application was called; the first stamp of its timeline.
+        request_id: the client's X-Request-Id, or one drawn here.
+        send: the server's own ASGI send, unwrapped: it finishes without waiting unless the client does not read.
+        abort_connection: drop the connection and whatever is still buffered for it.
+    """
+
+    received_ns: int
+    request_id: str
+    send: Send
+    abort_connection: Callable[[], None]
+
+
+def ingress_of(scope: Scope) -> Ingress:
+    ingress: Ingress = scope[_SCOPE_KEY]
+    return ingress
+
+
+class Edge:
+    """Attaches the Ingress and answers with X-Request-Id. Pure ASGI: it adds nothing to a streamed chunk."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ingress = Ingress(now(), _request_id(scope), send, scope["state"]["abort_connection"])
+        scope[_SCOPE_KEY] = ingress
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", ingress.request_id.encode("ascii"))]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid.uuid4().hex

@@ -1,0 +1,279 @@
+"""The request table and its dispatcher: between the ring's messages and the clients' streams.
+
+A request is in the table, under its present ring id, from `submit` until its terminal event - a row with a finish
+reason, or an error. All messages that wait are taken in one go, their text collects per client, and each client touched
+is then written to once. Nothing here awaits, so no client can hold up another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from minisgl.channels import Peers
+from minisgl.config import WorkerSpec
+from minisgl.http import recovery
+from minisgl.http.answers import Stream
+from minisgl.http.errors import ApiError
+from minisgl.http.recovery import Fate, Verdict, WorkerLives
+from minisgl.messages import (
+    AbortRequest,
+    DeltaBatch,
+    Dispatched,
+    FinishReason,
+    GenerateRequest,
+    JsonObject,
+    Opening,
+    RequestError,
+    WorkerDown,
+    WorkerUp,
+    make_request_id,
+)
+from minisgl.timeline import now, total_us
+
+logger = logging.getLogger(__name__)
+
+STALL_SECONDS = 120
+"""A client whose socket has been full for this long is given up."""
+
+
+class Streams:
+    """All requests between this process and the ring.
+
+    Attributes:
+        draining: why new requests are refused ("" while they are not).
+        replayed: requests sent again after a death.
+        late_rows: rows and errors for ids that nobody waits for any more.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.draining = ""
+        self.replayed = 0
+        self.late_rows = 0
+        self._spec = spec
+        self._narrate = spec.config.narrate
+        self._tokenizers = Peers("tokenizer", spec.config.tokenizer_workers)
+        self._lives = WorkerLives()
+        self._counter = itertools.count(1)
+        self._table: dict[int, Stream] = {}
+        self._dirty: dict[Stream, None] = {}
+        self._open: set[Stream] = set()
+
+    # ---- from the routes ---------------------------------------------------------------------------------------------
+
+    def check_admission(self) -> None:
+        """Raise a 503 when no further request can be taken now."""
+        if self.draining:
+            raise ApiError(
+                503, "draining", f"the server is {self.draining}; send the request again later", retry_after=1
+            )
+        limit = self._spec.config.max_queued_requests
+        if len(self._table) >= limit:
+            full = f"the server already has {limit} requests in flight; try again in a moment"
+            raise ApiError(503, "queue_full", full, retry_after=1)
+
+    def submit(self, stream: Stream) -> Response:
+        """Send a request round the ring; the response returned is written by the dispatcher."""
+        self._send(stream)
+        self._open.add(stream)
+        return _DispatchedResponse(stream, self)
+
+    def close(self, stream: Stream) -> None:
+        """The response is over, or its client is gone: abort what still runs, and account for the request."""
+        self._open.discard(stream)
+        if stream.rid in self._table:
+            stream.aborting = True
+            self._abort(stream)
+        outcome, detail = _outcome_of(stream)
+        if self._narrate:
+            logger.info("%s summary: %s", stream.call.request_id, _summary(stream))
+        stream.call.end(outcome, detail)
+
+    # ---- from the ring -----------------------------------------------------------------------------------------------
+
+    def take_deltas(self, batch: DeltaBatch) -> None:
+        arrived = now()
+        openings = {opening.row: opening for opening in batch.openings}
+        columns = zip(batch.rids, batch.texts, batch.token_counts, batch.finishes, strict=True)
+        end = 0
+        for row, (rid, text, token_count, finish) in enumerate(columns):
+            begin, end = end, end + token_count
+            stream = self._table.get(rid)
+            if stream is None:
+                self.late_rows += 1
+                continue
+            if not stream.aborting:
+                if row in openings:
+                    _begin(stream, openings[row], arrived, token_count)
+                stream.completion_tokens += token_count
+                stream.last_ns = arrived
+                stream.sink.delta(stream, text, batch.token_ids[begin:end])
+                self._dirty[stream] = None
+            if finish:
+                del self._table[rid]
+                if not stream.aborting:
+                    stream.finish, stream.matched = finish, batch.matched.get(row)
+                    stream.sink.done(stream)
+
+    def take_error(self, error: RequestError) -> None:
+        stream = self._table.get(error.rid)
+        if stream is None:
+            self.late_rows += 1
+        elif stream.aborting:
+            del self._table[error.rid]
+        else:
+            self._fail(stream, ApiError.from_ring(error))
+
+    def take_dispatched(self, message: Dispatched) -> None:
+        dead = self._lives.is_dead(f"scheduler-{message.replica}", message.epoch)
+        for rid in message.rids:
+            stream = self._table.get(rid)
+            if stream is None:
+                continue
+            stream.replica = (message.replica, message.epoch)
+            if dead:
+                self._apply(recovery.scheduler_died(stream), stream, f"scheduler-{message.replica}")
+
+    def worker_up(self, message: WorkerUp) -> None:
+        self._lives.up(message.worker, message.epoch)
+        self._tokenizers.up(message)
+
+    def worker_down(self, message: WorkerDown) -> None:
+        if not self._lives.down(message.worker, message.epoch):
+            return
+        self._tokenizers.down(message.worker, message.epoch)
+        kind, _, index = message.worker.rpartition("-")
+        config = self._spec.config
+        for stream in list(self._table.values()):
+            if kind == "scheduler" and stream.replica == (int(index), message.epoch):
+                self._apply(recovery.scheduler_died(stream), stream, message.worker)
+            elif kind == "tokenizer" and stream.rid % config.tokenizer_workers == int(index):
+                self._apply(recovery.tokenizer_died(stream), stream, message.worker)
+            elif kind == "detokenizer" and stream.rid % config.detokenizer_workers == int(index):
+                self._apply(recovery.detokenizer_died(stream), stream, message.worker)
+
+    def fail_all(self, error: ApiError) -> None:
+        for stream in list(self._table.values()):
+            if stream.aborting:
+                del self._table[stream.rid]
+            else:
+                self._fail(stream, error)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write to every client that the messages taken since the last flush have touched."""
+        for stream in self._dirty:
+            stream.sink.flush(stream)
+        self._dirty.clear()
+
+    # ---- upkeep ------------------------------------------------------------------------------------------------------
+
+    def drop_stalled(self) -> None:
+        """Give up clients that have not read for STALL_SECONDS."""
+        limit = now() - STALL_SECONDS * 10**9
+        for stream in self._open:
+            if 0 < stream.writer.parked_since_ns < limit:
+                stream.writer.drop(f"client did not read for {STALL_SECONDS} s")
+
+    def snapshot(self) -> JsonObject:
+        return {
+            "streams": len(self._table),
+            "aborting": sum(stream.aborting for stream in self._table.values()),
+            "draining": bool(self.draining),
+            "replayed": self.replayed,
+            "late_rows": self.late_rows,
+        }
+
+    def shut(self) -> None:
+        self._tokenizers.close()
+
+    def _send(self, stream: Stream) -> None:
+        """Give the stream a ring id and send it on; messages for a tokenizer that is down wait in Peers."""
+        stream.rid = make_request_id(self._spec.index, self._spec.epoch, next(self._counter))
+        stream.stamps = [stream.call.received_ns, now()]
+        request = GenerateRequest(stream.rid, stream.prompt, stream.sampling, list(stream.stamps))
+        self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, request)
+        self._table[stream.rid] = stream
+
+    def _abort(self, stream: Stream) -> None:
+        self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, AbortRequest(stream.rid))
+
+    def _fail(self, stream: Stream, error: ApiError) -> None:
+        del self._table[stream.rid]
+        stream.error = error
+        stream.sink.fail(stream, error)
+        self._dirty[stream] = None
+
+    def _apply(self, verdict: Verdict, stream: Stream, worker: str) -> None:
+        if verdict.abort:
+            self._abort(stream)
+        if verdict.fate is Fate.FORGET:
+            del self._table[stream.rid]
+        elif verdict.fate is Fate.FAIL:
+            lost = f"{worker} died while it worked on this request; send it again"
+            self._fail(stream, ApiError(503, "worker_lost", lost, retry_after=1))
+        elif verdict.fate is Fate.REPLAY:
+            del self._table[stream.rid]
+            stream.restart()
+            stream.replays += 1
+            self.replayed += 1
+            self._send(stream)
+            logger.info("%s is sent again: %s died", stream.call.request_id, worker)
+
+
+class _DispatchedResponse(Response):
+    """Waits for the end of a response that the dispatcher writes.
+
+    The server wakes a parked `receive` when the client goes, and after the last byte; nothing else happens here.
+    """
+
+    def __init__(self, stream: Stream, streams: Streams) -> None:
+        super().__init__()
+        self._stream = stream
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self._streams.close(self._stream)
+
+
+def _begin(stream: Stream, opening: Opening, arrived: int, token_count: int) -> None:
+    stream.prompt_tokens = opening.prompt_tokens
+    stream.cached_tokens = opening.cached_tokens
+    stream.stamps = [*opening.stamps, arrived]
+    stream.first_ns = arrived
+    stream.first_tokens = token_count
+
+
+def _outcome_of(stream: Stream) -> tuple[str, str]:
+    """How a closed stream is counted, and what its log line says."""
+    if stream.writer.dropped:
+        return "aborted", f"{stream.writer.dropped} {_counts(stream)}"
+    if stream.error is not None:
+        return stream.error.outcome, f"{stream.error.status} {stream.error.code} {_counts(stream)}"
+    if not stream.writer.complete:
+        return "aborted", f"client disconnected {_counts(stream)}"
+    outcome = "aborted" if stream.finish is FinishReason.ABORT else "ok"
+    return outcome, f"200 {stream.finish.name.lower()} {_counts(stream)}"
+
+
+def _counts(stream: Stream) -> str:
+    ttfb = f"{total_us(stream.stamps) / 1e3:.1f}ms" if stream.writer.chunks else "-"
+    return f"prompt={stream.prompt_tokens} completion={stream.completion_tokens} ttfb={ttfb}"
+
+
+def _summary(stream: Stream) -> str:
+    timing = stream.timing()
+    hops = ", ".join(f"{name} {us / 1e3:.2f}" for name, us in timing["hops_us"].items())
+    return (
+        f"{stream.prompt_tokens} prompt tokens ({stream.cached_tokens} cached), "
+        f"{stream.completion_tokens} answer tokens in {stream.writer.chunks} chunks, "
+        f"{timing['total_ms']:.1f} ms, {timing['tokens_per_second']:.1f} tokens/s; "
+        f"first byte after {timing['ttfb_us'] / 1e3:.2f} ms: {hops}"
+    )
