@@ -40,6 +40,7 @@ class Inbox:
         self.address = address
         self.dropped: Counter[str] = Counter()
         self._accepts = frozenset(accepts)
+        self._next_slice: asyncio.Handle | None = None
         self._socket = _context().socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -80,22 +81,27 @@ class Inbox:
         """Call `handler` from the event loop with each batch of messages that arrived together.
 
         ZeroMQ's descriptor is edge-triggered, so every wake-up reads until nothing is left; a long queue is taken in
-        slices so that the loop's other work is not starved.
+        slices, one each turn of the loop, so that its other work is not starved.
         """
 
-        def on_readable() -> None:
-            if self._socket.closed:
-                return
+        def read_slice() -> None:
             messages = self.drain()
+            self._next_slice = loop.call_soon(read_slice) if messages else None
             if messages:
-                loop.call_soon(on_readable)
                 handler(messages)
 
+        def on_readable() -> None:
+            if self._next_slice is None:
+                read_slice()
+
         loop.add_reader(self._socket.FD, on_readable)
-        loop.call_soon(on_readable)
+        self._next_slice = loop.call_soon(read_slice)
 
     def detach(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.remove_reader(self._socket.FD)
+        if self._next_slice is not None:
+            self._next_slice.cancel()
+            self._next_slice = None
 
     def close(self) -> None:
         self._socket.close()
