@@ -64,7 +64,7 @@ def test_two_launches_that_bound_the_same_port_find_out_when_they_listen() -> No
 
 
 def test_an_address_of_another_host_is_refused_with_a_sentence() -> None:
-    with pytest.raises(LaunchFailed, match="cannot listen on 192.0.2.1 port 0"):
+    with pytest.raises(LaunchFailed, match=r"cannot listen on 192\.0\.2\.1 port 0"):
         bind_listen_sockets("192.0.2.1", 0, 1)
     with pytest.raises(LaunchFailed, match="--host no such host is not a usable address"):
         bind_listen_sockets("no such host", 0, 1)
