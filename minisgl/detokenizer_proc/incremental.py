@@ -118,10 +118,14 @@ class ByteLevelText:
         self._pending = b""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        if len(token_ids) == 1 and not self._pending:
-            text = self._texts.get(token_ids[0])
-            if text is not None:
-                return text
+        if not self._pending:
+            if len(token_ids) == 1:
+                text = self._texts.get(token_ids[0])
+                if text is not None:
+                    return text
+            texts = list(map(self._texts.get, token_ids))
+            if None not in texts:
+                return "".join(texts)  # type: ignore[arg-type]
         return "".join([self._push_one(token_id) for token_id in token_ids])
 
     def _push_one(self, token_id: int) -> str:

@@ -131,7 +131,7 @@ class DetokenizerService:
                 self._fail(stream, error)
                 continue
             stream.arrived.clear()
-            if delta.finish is not FinishReason.NONE:
+            if delta.finish:
                 self._end(stream)
             elif not delta.text:
                 continue
@@ -157,10 +157,10 @@ class DetokenizerService:
             self._open(opened, batch, arrived_ns)
         for rid, token_id, finish in zip(batch.rids, batch.token_ids, batch.finishes, strict=True):
             stream = self._streams.get(rid)
-            if stream is None or stream.finish is not FinishReason.NONE:
+            if stream is None or stream.finish:
                 self._counters["unknown_rows"] += 1
             elif stream.cut:
-                if finish is not FinishReason.NONE:
+                if finish:
                     del self._streams[rid]
             else:
                 if token_id != NO_TOKEN:
@@ -195,7 +195,7 @@ class DetokenizerService:
     # ---- a stream's end ----
 
     def _end(self, stream: Stream) -> None:
-        if stream.finish is not FinishReason.NONE:
+        if stream.finish:
             del self._streams[stream.rid]
         else:
             self._cut(stream)

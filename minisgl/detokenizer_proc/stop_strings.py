@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_NO_MATCH = -1
+
 
 class StopMatcher:
     """Cuts a text at the stop string that completes first, holding back no more than could still become a match.
@@ -23,15 +25,21 @@ class StopMatcher:
 
     def feed(self, text: str) -> str:
         """Take the next piece of text; return what can be shown now (on a match: the last of it)."""
-        ends = [(follower.advance(text), follower) for follower in self._followers]
-        matches = [(end, -len(follower.stop), follower.stop) for end, follower in ends if end >= 0]
+        held_back = 0
+        first_end, matched = len(text) + 1, ""
+        for follower in self._followers:
+            end = follower.advance(text)
+            if end == _NO_MATCH:
+                held_back = max(held_back, follower.state)
+            elif end < first_end or (end == first_end and len(follower.stop) > len(matched)):
+                first_end, matched = end, follower.stop
         text = self._held + text
-        if matches:
-            end, _, self.matched = min(matches)
-            end += len(self._held)
+        if matched:
+            self.matched = matched
+            end = len(self._held) + first_end
             self._held = ""
-            return text[: end if self._keep_match else end - len(self.matched)]
-        shown = len(text) - max(follower.state for follower in self._followers)
+            return text[: end if self._keep_match else end - len(matched)]
+        shown = len(text) - held_back
         self._held = text[shown:]
         return text[:shown]
 
@@ -50,8 +58,10 @@ class _Follower:
         self._fallback = _fallbacks(stop)
 
     def advance(self, text: str) -> int:
-        """Follow `text` up to the first match; return the index just behind the match, or -1."""
+        """Follow `text` up to the first match; return the index just behind the match, or _NO_MATCH."""
         stop, fallback, state = self.stop, self._fallback, self.state
+        if not state and stop[0] not in text:
+            return _NO_MATCH
         index = 0
         while index < len(text):
             if state == 0:
@@ -66,7 +76,7 @@ class _Follower:
             if state == len(stop):
                 return index
         self.state = state
-        return -1
+        return _NO_MATCH
 
 
 def _fallbacks(stop: str) -> list[int]:

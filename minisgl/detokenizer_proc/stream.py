@@ -6,14 +6,15 @@ No process and no channel is involved: the detokenizer process and the in-proces
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from minisgl.detokenizer_proc.incremental import TokenTexts
 from minisgl.detokenizer_proc.stop_strings import StopMatcher
 from minisgl.messages import FinishReason
 
 
-class Delta(NamedTuple):
+@dataclass(slots=True)
+class Delta:
     """What a request's client gets next."""
 
     text: str
@@ -55,23 +56,28 @@ class StreamDecoder:
         The returned finish may be STOP although NONE was given: a stop string matched. Then, as after any finish, the
         request is over, and tokens after the one that completed the match are not part of it.
         """
+        if not finish and self._stops is None:
+            text = self._text.push(token_ids)
+            return self._delta(text, token_ids, finish, None)
         ended_by = token_ids[-1] if finish is FinishReason.STOP and token_ids else None
         visible = token_ids if ended_by is None or self._keep_stop else token_ids[:-1]
-        ends = finish is not FinishReason.NONE
         matched: int | str | None = ended_by
         if self._stops is None:
-            text = self._text.push(visible)
-            if ends:
-                text += self._text.flush()
+            text = self._text.push(visible) + self._text.flush()
         else:
-            text, taken = self._push_until_stop(self._stops, visible, ends)
+            text, taken = self._push_until_stop(self._stops, visible, ends=bool(finish))
             if self._stops.matched is not None:
                 finish, matched = FinishReason.STOP, self._stops.matched
                 token_ids = token_ids[:taken]
-        self._held_ids.extend(token_ids)
-        if not text and finish is FinishReason.NONE:
+        return self._delta(text, token_ids, finish, matched)
+
+    def _delta(self, text: str, token_ids: Sequence[int], finish: FinishReason, matched: int | str | None) -> Delta:
+        """Send the tokens along if there is text for them or nothing follows, else keep them for the next delta."""
+        if not (text or finish):
+            self._held_ids.extend(token_ids)
             return Delta("", [], finish, None)
-        shown_ids, self._held_ids = self._held_ids, []
+        shown_ids = [*self._held_ids, *token_ids]
+        self._held_ids.clear()
         return Delta(text, shown_ids, finish, matched)
 
     def _push_until_stop(self, stops: StopMatcher, token_ids: Sequence[int], ends: bool) -> tuple[str, int]:
