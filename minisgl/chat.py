@@ -26,9 +26,7 @@ from minisgl.terminal import Terminal
 DEFAULT_URL = "http://127.0.0.1:30000"
 HISTORY_FILE = ".minisgl_history"
 _PROMPT = "> "
-_COMMANDS = """/reset  forget the conversation so far
-/exit   leave (so does Ctrl-D)
-Ctrl-C  stop the answer"""
+_HELP = ["Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves; --quiet shows no log."]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +175,7 @@ def _chat(options: argparse.Namespace, terminal: Terminal, client: Client) -> in
     interactive = sys.stdin.isatty()
     if interactive:
         kind = "it sees the whole conversation" if options.multi_turn else "each question is on its own"
-        terminal.log([f"{name} at {client.url}; {kind}. /help lists the commands, Ctrl-D leaves."])
+        terminal.log([f"{name} at {client.url}; {kind}.", *_HELP])
     chat = Conversation(client, terminal, options.multi_turn, options.system, _sampling(options))
     failed = False
     with _prompt_history() if interactive else contextlib.nullcontext():
@@ -200,7 +198,7 @@ def _chat(options: argparse.Namespace, terminal: Terminal, client: Client) -> in
                     chat.reset()
                     terminal.log(["the conversation starts anew"])
                 case "/help":
-                    terminal.log(_COMMANDS.splitlines())
+                    terminal.log(_HELP)
                 case _:
                     failed = not chat.say(line) or failed
     return int(failed and not interactive)

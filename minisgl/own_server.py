@@ -6,6 +6,7 @@ over stdout how far it is and its URL (one JSON object a line), logs to stderr, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -53,6 +54,7 @@ class OwnServer:
         self._progress = progress
         self._process: subprocess.Popen[bytes]
         self._log_reader: threading.Thread
+        self._stopping = False
 
     def __enter__(self) -> OwnServer:
         from minisgl.model_source import package_environment
@@ -87,19 +89,22 @@ class OwnServer:
             if "url" in event:
                 return str(event["url"])
             self._progress(*event["progress"])
+        # Its events end with it; let it say why first.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+            self._log_reader.join(STOP_SECONDS)
         raise ServerDidNotStart
 
     def _read_log(self, stream: IO[bytes]) -> None:
         held = b""
         while data := os.read(stream.fileno(), _PIPE_BYTES):
             *lines, held = (held + data).split(b"\n")
-            if lines:
+            if lines and not self._stopping:
                 self._log([line.decode(errors="replace") for line in lines])
-        if held:
-            self._log([held.decode(errors="replace")])
 
     def _stop(self) -> None:
-        """SIGTERM drains, a second one stops at once, and then there is SIGKILL."""
+        """SIGTERM drains, a second one stops at once, and then there is SIGKILL. None of it is worth a log line."""
+        self._stopping = True
         try:
             for seconds in (DRAIN_SECONDS, STOP_SECONDS):
                 self._process.terminate()
@@ -111,7 +116,6 @@ class OwnServer:
         finally:
             self._process.kill()
             self._process.wait()
-            self._log_reader.join(timeout=1.0)
 
 
 # ---- the server's side ----------------------------------------------------------------------------------------------

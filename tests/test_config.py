@@ -1,0 +1,156 @@
+"""Settings: flags, environment variables, --help, and their way into the worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisgl.config import DEFAULT_MODEL, ConfigError, ModelSpec, ServerConfig, WorkerSpec, parse_args
+
+FIELDS = dataclasses.fields(ServerConfig)
+BOOLEANS = [spec.name for spec in FIELDS if isinstance(spec.default, bool)]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def help_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        parse_args(["--help"], {})
+    assert exit.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parse_args([], {}) == ServerConfig()
+
+
+def test_help_names_every_flag_variable_and_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_text(capsys, monkeypatch)
+    for spec in FIELDS:
+        assert flag(spec.name) in text
+        assert spec.metadata["help"]
+        for alias in spec.metadata["aliases"]:
+            assert alias in text
+        if spec.metadata["env"]:
+            assert f"[env {spec.metadata['env']}]" in text
+        if spec.default is not None and not isinstance(spec.default, bool):
+            assert f"(default: {spec.default})" in text, spec.name
+    assert DEFAULT_MODEL in text
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in FIELDS])
+def test_every_flag_sets_its_field(name: str) -> None:
+    spec = next(spec for spec in FIELDS if spec.name == name)
+    if name in BOOLEANS:
+        assert getattr(parse_args([flag(name)], {}), name) is True
+        return
+    if spec.metadata["choices"]:
+        value: object = spec.metadata["choices"][-1]
+    elif "int" in str(spec.type):
+        value = 4096
+    elif "float" in str(spec.type):
+        value = 0.5
+    else:
+        value = "some/text"
+    if name in ("http_workers", "port"):
+        value = 7
+    for spelling in (flag(name), *spec.metadata["aliases"]):
+        assert getattr(parse_args([spelling, str(value)], {}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8192", 8192), ("8k", 8192), ("8K", 8192), ("2m", 2 * 2**20), ("1M", 2**20)]
+)
+def test_ints_take_binary_suffixes(text: str, value: int) -> None:
+    assert parse_args(["--max-total-tokens", text], {}).max_total_tokens == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--page-size", "k"], "--page-size: invalid int value: 'k'"),
+        (["--page-size", "1.5"], "--page-size: invalid int value: '1.5'"),
+        (["--page-size", "1g"], "--page-size: invalid int value: '1g'"),
+        (["--page-size"], "--page-size: expected one argument"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--devic", "cpu"], "unrecognized arguments: --devic cpu"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--page-size", "0"], "--page-size must be at least 1, got 0"),
+        (["--dp-size", "-1"], "--dp-size must be at least 1, got -1"),
+        (["--http-workers", "0"], "--http-workers must be at least 1, got 0"),
+        (["--http-workers", "129"], "--http-workers must be at most 128, got 129"),
+        (["--port", "65536"], "--port must be between 0 and 65535, got 65536"),
+        (["--mem-fraction-static", "1"], "--mem-fraction-static must be between 0 and 1, got 1.0"),
+        (["--drain-timeout", "0"], "--drain-timeout must be above 0, got 0.0"),
+        (["--context-length", "0"], "--context-length must be at least 1, got 0"),
+        (["--max-body-bytes", "10"], "--max-body-bytes must be at least 1024, got 10"),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse_args(arguments, {})
+    assert exit.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("launch.py: error: ")
+    assert words in last
+
+
+def test_a_wrong_setting_in_code_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="--dp-size must be at least 1"):
+        ServerConfig(dp_size=0)
+
+
+def test_settings_cannot_be_changed_after_the_start() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ServerConfig().port = 1  # type: ignore[misc]
+
+
+# ---- the environment ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [spec for spec in FIELDS if spec.metadata["env"]], ids=lambda spec: spec.name)
+def test_a_variable_replaces_the_default_and_a_flag_the_variable(spec: dataclasses.Field[object]) -> None:
+    variable = spec.metadata["env"]
+    assert getattr(parse_args([], {variable: "from/env"}), spec.name) == "from/env"
+    assert getattr(parse_args([], {variable: ""}), spec.name) == spec.default
+    assert getattr(parse_args([flag(spec.name), "from/flag"], {variable: "from/env"}), spec.name) == "from/flag"
+
+
+def test_the_variables_of_the_readme() -> None:
+    env = {"MODEL_NAME": "a/b", "MODEL_LOCAL_DIR": "/c", "MODELSCOPE_MODEL_NAME": "d/e"}
+    config = parse_args([], env)
+    assert (config.model, config.model_local_dir, config.modelscope_model_name) == ("a/b", "/c", "d/e")
+
+
+# ---- to the workers -------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.builds(
+        ServerConfig,
+        model=st.none() | st.text(),
+        context_length=st.none() | st.integers(1, 2**40),
+        mem_fraction_static=st.none() | st.floats(0.01, 0.99),
+        narrate=st.booleans(),
+        dtype=st.sampled_from(["auto", "float32"]),
+    ),
+    st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)),
+    st.text(),
+)
+def test_a_worker_spec_survives_the_way_to_its_worker(config: ServerConfig, eos: tuple[int, ...], text: str) -> None:
+    model = ModelSpec(text, text, text, context_length=512, vocab_size=10, eos_token_ids=eos, architecture=text)
+    spec = WorkerSpec("scheduler-1", "scheduler", 1, 3, "ipc://inbox", "ipc://control", 2, config, model)
+    assert WorkerSpec.unpack(spec.pack()) == spec
