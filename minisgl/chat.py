@@ -146,7 +146,8 @@ class _NoView:
 
 
 def _open_view(quiet: bool) -> LaunchView:
-    if quiet:
+    # On a terminal the bars disappear again; elsewhere each stage would be a log line.
+    if quiet and not sys.stderr.isatty():
         return _NoView()
     setup_logging("minisgl")
     return open_view()
@@ -231,8 +232,7 @@ class Conversation:
         outcome = ""
         failed = False
         try:
-            stream = self._client.stream(body, generation)
-            with contextlib.closing(stream):
+            with self._terminal.no_echo(), contextlib.closing(self._client.stream(body, generation)) as stream:
                 for delta in stream:
                     self._terminal.answer(delta)
         except KeyboardInterrupt:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
+import termios
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -59,6 +61,20 @@ class Terminal:
             else:
                 sys.stderr.write(text)
                 sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def no_echo(self) -> Iterator[None]:
+        """Keep what the user types ahead out of the answer; it appears at the next prompt."""
+        if not (self._on_screen and sys.stdin.isatty()):
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def ask(self, prompt: str) -> str:
         """Let the user type a line; raises EOFError and KeyboardInterrupt as `input` does."""
