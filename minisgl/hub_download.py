@@ -21,6 +21,7 @@ import glob
 import json
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -242,9 +243,11 @@ def fetch(job: Job, go: threading.Event) -> Iterator[dict[str, Any]]:
     except ModelNotFound as error:
         yield {"event": "failed", "reason": str(error), "fatal": False}
     except Exception as error:
-        full = any(getattr(cause, "errno", None) == errno.ENOSPC for cause in _causes(error))
-        stage = "the download broke off" if go.is_set() else "cannot be reached"
-        reason = "the disk is full" if full else f"{stage} ({_plainly(error)})"
+        causes = list(_causes(error))
+        full = any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes)
+        network = any(isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) for cause in causes)
+        what = "the download broke off" if go.is_set() else f"cannot be {'reached' if network else 'used'}"
+        reason = "the disk is full" if full else f"{what} ({_plainly(causes)})"
         yield {"event": "failed", "reason": reason, "fatal": full}
 
 
@@ -289,9 +292,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             seen.extend(failed_files.values())
 
 
-def _plainly(error: BaseException) -> str:
+def _plainly(causes: list[BaseException]) -> str:
     """The innermost reason, in one line: clients wrap "Connection refused" into a page of text."""
-    causes = list(_causes(error))
     strerrors = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
     text = strerrors[-1] if strerrors else str(causes[-1]) or type(causes[-1]).__name__
     return re.sub(r"\s+", " ", text)[:MAX_REASON_CHARS]

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from minisgl.child_process import package_environment
 from minisgl.config import DEFAULT_MODEL, DEMO_MODEL, ModelSpec, ServerConfig
 from minisgl.hub_download import HUGGING_FACE, MODELSCOPE, Job
 from minisgl.model_files import ModelNotFound, read_model_spec
@@ -158,14 +159,6 @@ class _HubProcess:
             self._answers.put((self.hub, {"event": "failed", "reason": f"died ({last_words[0]})", "fatal": False}))
 
 
-def package_environment() -> dict[str, str]:
-    """The environment in which `python -m minisgl...` finds this very package, installed or in a checkout."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # Safe path: a working directory of minisgl/ itself would hide the standard library's http.
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-
-
 def _fetch(name: str, config: ServerConfig, patience: float, report: Report) -> Path:
     """The local directory of a hub model: from a cache, else from Hugging Face, else from ModelScope."""
     answers: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
@@ -221,7 +214,10 @@ def _choose(
             report("downloading", min(source.last["done"], total), total)
         elif source.event == "failed":
             if source.last["fatal"]:
-                raise ModelNotFound(f"the download from {_LABELS[source.hub]} failed: {source.last['reason']}")
+                raise ModelNotFound(
+                    f"the download from {_LABELS[source.hub]} failed: {source.last['reason']}; free some space, or "
+                    "keep downloads elsewhere with --download-dir"
+                )
             source, started = None, time.monotonic()
         if source is not None and source.event in ("cached", "done"):
             return Path(source.last["directory"])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO
 
+from minisgl.child_process import package_environment
 from minisgl.config import ServerConfig
 
 DRAIN_SECONDS = 10.0
@@ -57,8 +58,6 @@ class OwnServer:
         self._stopping = False
 
     def __enter__(self) -> OwnServer:
-        from minisgl.model_source import package_environment
-
         self._process = subprocess.Popen(
             [sys.executable, "-m", "minisgl.own_server", json.dumps(dataclasses.asdict(self._config))],
             stdin=subprocess.PIPE,
