@@ -14,8 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisgl.demo_model import demo_model_dir
-
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "minisgl" / "demo_model"
 SHARD_BYTES = 2 * 2**30
 
 
@@ -164,9 +163,8 @@ def made_up_words(count: int, taken: set[str]) -> list[str]:
 
 def write_tokenizer(shape: Shape, out: Path) -> None:
     """The demo model's merges in a vocabulary of exactly shape.vocab ids, special tokens at the model's own ids."""
-    demo = demo_model_dir()
-    tokenizer = json.loads((demo / "tokenizer.json").read_text())
-    config = json.loads((demo / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
+    config = json.loads((DEMO_MODEL / "tokenizer_config.json").read_text())
     demo_special = {token["content"] for token in tokenizer["added_tokens"]}
     learned = [token for token in tokenizer["model"]["vocab"] if token not in demo_special]
     learned.sort(key=tokenizer["model"]["vocab"].__getitem__)
@@ -198,8 +196,8 @@ def write_tokenizer(shape: Shape, out: Path) -> None:
     config["model_max_length"] = shape.context
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     (out / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2))
-    if (demo / "chat_template.jinja").exists():
-        (out / "chat_template.jinja").write_text((demo / "chat_template.jinja").read_text())
+    if (DEMO_MODEL / "chat_template.jinja").exists():
+        (out / "chat_template.jinja").write_text((DEMO_MODEL / "chat_template.jinja").read_text())
 
 
 def make_model(name: str, out: Path, weights: bool = True, dtype: str = "bfloat16", seed: int = 0) -> None:
