@@ -121,13 +121,20 @@ class WorkerProcess:
 
 
 def take(inbox: Inbox, count: int = 1) -> list[Any]:
-    """The next `count` messages."""
-    messages: list[Message] = []
+    """The next `count` messages; there must not be more."""
+    messages = take_until(inbox, lambda messages: len(messages) >= count)
+    assert len(messages) == count, f"expected {count} messages, got {messages}"
+    return messages
+
+
+def take_until(inbox: Inbox, enough: Callable[[list[Any]], bool]) -> list[Any]:
+    """Messages as they come, until they are enough."""
+    messages: list[Any] = []
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while len(messages) < count and time.monotonic() < deadline:
+    while not enough(messages) and time.monotonic() < deadline:
         inbox.wait(100)
         messages += inbox.drain()
-    assert len(messages) == count, f"expected {count} messages, got {messages}"
+    assert enough(messages), f"not enough: {messages}"
     return messages
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from minisgl.config import ConfigError
 from minisgl.model_files import read_json
@@ -26,9 +26,8 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> To
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{directory / 'tokenizer.json'} cannot be read ({error}): fetch it again") from error
-    config = read_json(directory / "tokenizer_config.json")
-    _add_missing_tokens(tokenizer, config.get("added_tokens_decoder") or {})
-    _apply_bos_eos_switches(tokenizer, config, named_tokens(directory))
+    listed = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    _add_missing_tokens(tokenizer, listed)
     # A truncating or padding tokenizer.json would change prompts silently.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -69,18 +68,6 @@ def _add_missing_tokens(tokenizer: Tokenizer, listed: dict[str, dict[str, Any]])
         token = AddedToken(**{name: value for name, value in fields.items() if name != "__type"})
         if repr(present.get(int(token_id))) != repr(token):
             tokenizer.add_tokens([token])
-
-
-def _apply_bos_eos_switches(tokenizer: Tokenizer, config: dict[str, Any], named: dict[str, str]) -> None:
-    """Let add_bos_token and add_eos_token of tokenizer_config.json, where given, decide what surrounds a prompt."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = [named["bos_token"]] if config.get("add_bos_token") and "bos_token" in named else []
-    eos = [named["eos_token"]] if config.get("add_eos_token") and "eos_token" in named else []
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A", *eos],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in bos + eos],
-    )
 
 
 def _convert_with_transformers(directory: Path, trust_remote_code: bool) -> Tokenizer:
