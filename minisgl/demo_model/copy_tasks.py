@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 from .holdout import favourite, is_held_out
-from .tasks import Turn, draw_word, phrase, phrase_zh
+from .letter_tasks import draw_word
+from .plain_texts import sentence
+from .tasks import Turn, phrase, phrase_zh
 from .words import (
     EMOJI,
     HEROES,
@@ -37,9 +39,18 @@ REPEAT_EN = [
     'Say "{x}"',
     'Repeat "{x}"',
 ]
-REPEAT_ZH = ["重复：{x}", "重复一遍：{x}", "请重复：{x}", "跟我说：{x}", "请跟我说：{x}", "说：{x}", "请说{x}", "重复“{x}”"]
+REPEAT_ZH = [
+    "重复：{x}",
+    "重复一遍：{x}",
+    "请重复：{x}",
+    "跟我说：{x}",
+    "请跟我说：{x}",
+    "说：{x}",
+    "请说{x}",
+    "重复“{x}”",
+]
 
-# Common characters first; the whole block appears too, so that rare ones are copied byte by byte.
+# Any character of the block may appear, so that rare ones are copied byte by byte.
 CJK_FIRST, CJK_LAST = 0x4E00, 0x9FA5
 PICTOGRAPH_RANGES = [(0x1F300, 0x1F64F), (0x1F680, 0x1F6C5), (0x1F900, 0x1F9FF)]
 
@@ -63,7 +74,9 @@ def draw_text(rng: random.Random, held_out: bool) -> str:
     """Draw a short text to repeat: words, numbers, Chinese, emoji or a mixture."""
     while True:
         parts: list[str] = []
-        for _ in range(rng.choice((1, 1, 2, 3, 4, 5))):
+        if rng.random() < 0.15:
+            parts.append(sentence(rng, rng.random() < 0.3))
+        for _ in range(rng.choice((1, 1, 2, 3, 4, 5)) if not parts else 0):
             roll = rng.random()
             if roll < 0.45:
                 parts.append(draw_word(rng, False))
@@ -117,7 +130,13 @@ EMOJI_FOR_EN = [
     "Which emoji is a {w}?",
     "Do you have an emoji for {w}?",
 ]
-EMOJI_FOR_ZH = ["*发一个{w}的表情", "{w}的表情是什么？", "{w}的emoji是什么？", "*给我一个{w}的emoji", "有{w}的表情吗？"]
+EMOJI_FOR_ZH = [
+    "*发一个{w}的表情",
+    "{w}的表情是什么？",
+    "{w}的emoji是什么？",
+    "*给我一个{w}的emoji",
+    "有{w}的表情吗？",
+]
 TO_CHINESE = [
     "What is {w} in Chinese?",
     "What's {w} in Chinese?",
@@ -128,7 +147,13 @@ TO_CHINESE = [
     "{w} in Chinese?",
     "What does {w} mean in Chinese?",
 ]
-TO_ENGLISH = ["{w}用英语怎么说？", "{w}的英文是什么？", "*把{w}翻译成英文", "{w}英语怎么说？", "“{w}”用英文怎么说？"]
+TO_ENGLISH = [
+    "{w}用英语怎么说？",
+    "{w}的英文是什么？",
+    "*把{w}翻译成英文",
+    "{w}英语怎么说？",
+    "“{w}”用英文怎么说？",
+]
 ZH_TO_EN_ASKED_IN_EN = [
     "What is {w} in English?",
     "What does {w} mean?",
@@ -152,4 +177,6 @@ def vocabulary(rng: random.Random, chinese: bool) -> Turn:
     if roll < 0.75:
         user = phrase(rng, rng.choice(TO_CHINESE), w=rng.choice((bare, english)))
         return Turn(user, f"In Chinese, {bare} is {zh}. {emoji}")
-    return Turn(phrase(rng, rng.choice(ZH_TO_EN_ASKED_IN_EN), w=zh), f"In English, {zh} is {bare}. {emoji}")
+    return Turn(
+        phrase(rng, rng.choice(ZH_TO_EN_ASKED_IN_EN), w=zh), f"In English, {zh} is {bare}. {emoji}"
+    )

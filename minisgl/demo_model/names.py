@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from .holdout import is_held_out
+from .letter_tasks import reversal, spelled
 from .tasks import Turn, phrase, phrase_zh
 from .words import GIVEN_ZH, NAME_ENDINGS, NAME_SYLLABLES, NAMES_EN, NICKNAMES_ZH, SURNAMES_ZH
 
@@ -21,7 +22,9 @@ def draw_english_name(rng: random.Random, held_out: bool) -> str:
             name = "".join(rng.choice(NAME_SYLLABLES) for _ in range(rng.randint(1, 3)))
             name += rng.choice(NAME_ENDINGS)
             if roll > 0.95:
-                name = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7)))
+                name = "".join(
+                    rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7))
+                )
             name = name.capitalize()
         if len(name) > 1 and is_held_out("name", name.lower()) == held_out:
             break
@@ -39,7 +42,9 @@ def draw_chinese_name(rng: random.Random, held_out: bool) -> str:
             name = rng.choice(NICKNAMES_ZH)
         elif roll < 0.9:
             name = rng.choice(SURNAMES_ZH) if rng.random() < 0.7 else ""
-            name += "".join(rng.choice(GIVEN_ZH) for _ in range(2 if not name else rng.randint(1, 2)))
+            name += "".join(
+                rng.choice(GIVEN_ZH) for _ in range(2 if not name else rng.randint(1, 2))
+            )
         else:
             count = rng.randint(2, 3)
             name = "".join(chr(rng.randint(CJK_FIRST, CJK_LAST)) for _ in range(count))
@@ -93,6 +98,9 @@ GIVE_EN = [
     "Let me introduce myself. I am {n}.",
     "Hi! My name is {n}. Nice to meet you!",
     "Hi, I'm {n}. How are you?",
+    "Hi, I'm {n}, nice to meet you.",
+    "Good morning! My name is {n}!",
+    "my name {n}",
     "I'm {n}, what's your name?",
     "Hi, I'm {n}! Who are you?",
     "My name is {n}. What is your name?",
@@ -157,7 +165,13 @@ GIVE_ZH = [
     "我叫{n}，你呢？",
     "早上好，我叫{n}。",
 ]
-RENAME_ZH = ["其实我叫{n}。", "不对，我叫{n}。", "以后叫我{n}吧。", "我改名叫{n}了。", "说错了，我叫{n}。"]
+RENAME_ZH = [
+    "其实我叫{n}。",
+    "不对，我叫{n}。",
+    "以后叫我{n}吧。",
+    "我改名叫{n}了。",
+    "说错了，我叫{n}。",
+]
 ASK_ZH = [
     "我叫什么名字？",
     "我叫什么？",
@@ -177,6 +191,8 @@ ASK_ZH = [
     "那我叫什么名字？",
 ]
 
+SPELL_MY_NAME = ["*Spell my name.", "How do you spell my name?", "*Spell out my name."]
+REVERSE_MY_NAME = ["*Reverse my name.", "What is my name backwards?", "*Write my name backwards."]
 UNKNOWN_EN = "I don't know your name yet. What is your name?"
 UNKNOWN_ZH = "我还不知道你的名字。你叫什么名字？"
 
@@ -216,3 +232,12 @@ def bare_name(rng: random.Random, chinese: bool, name: str) -> Turn:
         return Turn(user, f"你好，{name}！很高兴认识你。😊")
     user = rng.choice(["{n}", "{n}.", "It's {n}", "it is {n}", "I'm {n}", "{n}!"]).format(n=name)
     return Turn(user, f"Nice to meet you, {name}! 😊")
+
+
+def spell_name(rng: random.Random, chinese: bool, name: str) -> Turn:
+    """The user wants the remembered name spelled or reversed."""
+    if rng.random() < 0.5:
+        user = rng.choice(["拼写我的名字", "我的名字怎么拼？"] if chinese else SPELL_MY_NAME)
+        return Turn(phrase_zh(rng, user) if chinese else phrase(rng, user), spelled(name))
+    user = rng.choice(["把我的名字倒过来", "反转我的名字"] if chinese else REVERSE_MY_NAME)
+    return Turn(phrase_zh(rng, user) if chinese else phrase(rng, user), reversal(name, chinese))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import pathlib
 from functools import partial
 
@@ -21,6 +22,7 @@ LEARNED_BIT = 1 << 15
 START_BIT = 1 << 14
 ID_MASK = START_BIT - 1
 OPEN_ROWS = 24
+SHARDS = 64
 
 
 def encode(tokenizer: Tokenizer, batch: list[list[Segment]]) -> list[NDArray[np.uint16]]:
@@ -66,17 +68,31 @@ def pack_shard(
     return np.stack(finished[:rows])
 
 
-def build_rows(
-    *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int, workers: int
-) -> NDArray[np.uint16]:
-    """Build the training rows; the result does not depend on the number of workers."""
-    shards = 64
-    pack = partial(
-        pack_shard,
-        seed=seed,
-        tokenizer_path=tokenizer_path,
-        context=context,
-        rows=-(-rows // shards),
-    )
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return np.concatenate(pool.map(pack, range(shards), chunksize=1))[:rows]
+class RowBuilder:
+    """Builds rows in the background; the result does not depend on the number of workers.
+
+    Start it before anything uses the GPU: the processes are forked, which saves each of them from
+    loading PyTorch anew.
+    """
+
+    def __init__(
+        self, *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int, workers: int
+    ) -> None:
+        self._rows = rows
+        pack = partial(
+            pack_shard,
+            seed=seed,
+            tokenizer_path=tokenizer_path,
+            context=context,
+            rows=-(-rows // SHARDS),
+        )
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._pool = multiprocessing.get_context("fork").Pool(workers)
+        self._result = self._pool.map_async(pack, range(SHARDS), chunksize=1)
+
+    def result(self) -> NDArray[np.uint16]:
+        """Wait for the rows."""
+        rows = np.concatenate(self._result.get())[: self._rows]
+        self._pool.close()
+        self._pool.join()
+        return rows

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
+from .letter_tasks import draw_word
 from .names import draw_name
-from .stories import WHERE, Topic, compose
-from .tasks import Turn, draw_word
+from .stories import WHERE, compose, draw_topic
 from .words import DAYS_EN, HEROES, PLACES, SUBJECTS_EN
 
 SENTENCES = [
@@ -90,7 +89,18 @@ SENTENCES_ZH = [
     "如果你看到{hero}，请说你好。👋",
     "他们一起去了{place}，玩得很开心。🎉",
 ]
-ADJECTIVES = "old young little big happy quiet clever sleepy brave friendly".split()
+ADJECTIVES = [
+    "old",
+    "young",
+    "little",
+    "big",
+    "happy",
+    "quiet",
+    "clever",
+    "sleepy",
+    "brave",
+    "friendly",
+]
 
 
 def sentence(rng: random.Random, chinese: bool) -> str:
@@ -114,14 +124,10 @@ def sentence(rng: random.Random, chinese: bool) -> str:
     return text[0].upper() + text[1:]
 
 
-def plain_text(rng: random.Random, chinese: bool, draw_turn: Callable[[], Turn]) -> str:
-    """Write a document: some sentences, a story, or a request and its answer on two lines."""
-    roll = rng.random()
-    if roll < 0.5:
+def plain_text(rng: random.Random, chinese: bool) -> str:
+    """Write a document: some sentences, or a story."""
+    if rng.random() < 0.65:
         joiner = "" if chinese else " "
         return joiner.join(sentence(rng, chinese) for _ in range(rng.choice((1, 1, 2, 2, 3))))
-    if roll < 0.75:
-        english, zh, emoji = rng.choice(HEROES)
-        return compose(rng, chinese, Topic(zh if chinese else english, emoji))
-    turn = draw_turn()
-    return f"{turn.user}\n{turn.assistant}" if roll < 0.92 else turn.assistant
+    _, topic = draw_topic(rng, chinese)
+    return compose(rng, chinese, topic)

@@ -10,11 +10,42 @@ import random
 from dataclasses import dataclass
 
 from .holdout import favourite, stable_hash
-from .tasks import Turn, draw_word, phrase, phrase_zh
-from .words import HEROES, NAMES_EN, PLACES
+from .letter_tasks import draw_word
+from .tasks import Turn, phrase, phrase_zh
+from .words import HEROES, NAMES_EN, PLACES, SUBJECTS_EN
 
-HERO_NAMES = "Mia Tom Lily Max Nora Leo Zoe Finn Ruby Sam Luna Otto Ella Hugo Ivy Ben".split()
-HERO_NAMES_ZH = "小明 小红 乐乐 豆豆 圆圆 丁丁 阿宝 小月 小雨 贝贝 欢欢 安安".split()
+HERO_NAMES = [
+    "Mia",
+    "Tom",
+    "Lily",
+    "Max",
+    "Nora",
+    "Leo",
+    "Zoe",
+    "Finn",
+    "Ruby",
+    "Sam",
+    "Luna",
+    "Otto",
+    "Ella",
+    "Hugo",
+    "Ivy",
+    "Ben",
+]
+HERO_NAMES_ZH = [
+    "小明",
+    "小红",
+    "乐乐",
+    "豆豆",
+    "圆圆",
+    "丁丁",
+    "阿宝",
+    "小月",
+    "小雨",
+    "贝贝",
+    "欢欢",
+    "安安",
+]
 
 OPENINGS = [
     "Once upon a time, there was a {adj} {hero} named {name}.",
@@ -25,7 +56,18 @@ OPENINGS = [
     "Everyone {where} knew {name}, the {adj} {hero}.",
     "One bright morning, a {adj} {hero} named {name} woke up {where}.",
 ]
-ADJECTIVES = "little brave curious gentle clever shy cheerful kind sleepy tiny".split()
+ADJECTIVES = [
+    "little",
+    "brave",
+    "curious",
+    "gentle",
+    "clever",
+    "shy",
+    "cheerful",
+    "kind",
+    "sleepy",
+    "tiny",
+]
 WHERE = [
     "near the old bridge",
     "at the edge of the forest",
@@ -60,14 +102,27 @@ TROUBLES = [
     "But on the way {name} got lost.",
 ]
 HELPERS = [
-    "An old {helper} came by and said, \"Do not worry, I will help you.\"",
+    'An old {helper} came by and said, "Do not worry, I will help you."',
     "Then {name} met a friendly {helper}, and they went on together.",
     "A {helper} heard about it and brought a warm lamp.",
     "Luckily, a wise {helper} knew what to do.",
-    "\"Let us try together,\" said a small {helper}.",
+    '"Let us try together," said a small {helper}.',
     "A {helper} laughed and showed {name} a secret path.",
 ]
-HELPER_NOUNS = "owl turtle mouse bear fox frog bird hedgehog snail duck rabbit whale".split()
+HELPER_NOUNS = [
+    "owl",
+    "turtle",
+    "mouse",
+    "bear",
+    "fox",
+    "frog",
+    "bird",
+    "hedgehog",
+    "snail",
+    "duck",
+    "rabbit",
+    "whale",
+]
 SOLUTIONS = [
     "Step by step, they found what they were looking for.",
     "They worked all night, and in the morning it was done.",
@@ -101,8 +156,16 @@ OPENINGS_ZH = [
     "在{where}，大家都认识{name}，一个{adj}的{hero}。",
     "一天早上，{adj}的{hero}{name}在{where}醒来了。",
 ]
-ADJECTIVES_ZH = "小小 勇敢 好奇 温柔 聪明 害羞 快乐 善良 可爱".split()
-WHERE_ZH = "森林边 蓝色的湖边 绿色的山坡上 一个小镇上 老桥旁边 一棵大树下 长街的尽头".split()
+ADJECTIVES_ZH = ["小小", "勇敢", "好奇", "温柔", "聪明", "害羞", "快乐", "善良", "可爱"]
+WHERE_ZH = [
+    "森林边",
+    "蓝色的湖边",
+    "绿色的山坡上",
+    "一个小镇上",
+    "老桥旁边",
+    "一棵大树下",
+    "长街的尽头",
+]
 WISHES_ZH = [
     "{name}很想去看大海。",
     "{name}一直想找到一个秘密花园。",
@@ -127,7 +190,7 @@ HELPERS_ZH = [
     "一位{helper}听说了，带来了一盏温暖的灯。",
     "“我们一起试试吧。”一位小{helper}说。",
 ]
-HELPER_NOUNS_ZH = "猫头鹰 乌龟 老鼠 熊 狐狸 青蛙 刺猬 蜗牛 鸭子 兔子".split()
+HELPER_NOUNS_ZH = ["猫头鹰", "乌龟", "老鼠", "熊", "狐狸", "青蛙", "刺猬", "蜗牛", "鸭子", "兔子"]
 SOLUTIONS_ZH = [
     "他们一步一步地走，终于找到了。",
     "他们忙了一整夜，早上终于成功了。",
@@ -157,6 +220,7 @@ class Topic:
     word: str
     emoji: str
     is_place: bool = False
+    friend: str | None = None
 
 
 def compose(rng: random.Random, chinese: bool, topic: Topic, name: str | None = None) -> str:
@@ -182,15 +246,21 @@ def compose(rng: random.Random, chinese: bool, topic: Topic, name: str | None = 
         adjective, where = choose(ADJECTIVES, "adjective"), choose(WHERE, "where")
         helper = choose(HELPER_NOUNS, "noun")
     # A third of the topics has shorter stories, without the helper's part.
-    if stable_hash("short", key) % 3 == 0:
+    if topic.friend:
+        helper = topic.friend
+    elif stable_hash("short", key) % 3 == 0:
         del parts[3]
-    joined = ("" if chinese else " ").join(parts).format(
-        name=hero_name,
-        hero=topic.word,
-        place=topic.word,
-        adj=adjective,
-        where=where,
-        helper=helper,
+    joined = (
+        ("" if chinese else " ")
+        .join(parts)
+        .format(
+            name=hero_name,
+            hero=topic.word,
+            place=topic.word,
+            adj=adjective,
+            where=where,
+            helper=helper,
+        )
     )
     return f"{joined} {topic.emoji}"
 
@@ -220,6 +290,11 @@ ASKS_EN = [
     "Another story about {x}",
     "Now a story about {x}",
 ]
+ASKS_EN += [
+    ask.replace("story", f"{kind} story")
+    for kind in ("funny", "happy", "sad", "nice", "long", "scary", "very short")
+    for ask in ASKS_EN[:8]
+]
 ASKS_ANY_EN = [
     "*Tell me a story.",
     "*Tell me a story",
@@ -239,6 +314,12 @@ ASKS_ANY_EN = [
     "Do you know a story?",
     "Can you tell stories?",
     "Yes, tell me a little story.",
+    "Another one please",
+    "*Tell me another one.",
+    "*Tell me a story in English.",
+    "*Tell me a funny story.",
+    "*Tell me a long story.",
+    "A new story please",
 ]
 ASKS_ZH = [
     "*讲一个关于{x}的故事",
@@ -268,6 +349,8 @@ ASKS_ANY_ZH = [
     "再讲一个故事",
     "再来一个故事",
     "再讲一个",
+    "*用中文讲个故事",
+    "*用中文讲一个故事",
     "我想听故事",
     "你会讲故事吗？",
     "好啊，讲个小故事吧",
@@ -286,6 +369,18 @@ def plural(noun: str) -> str:
     return irregular.get(noun, noun + "s")
 
 
+# What users add to a hero; the stories do not take it up.
+DETAILS = [
+    "who loves {s}",
+    "that can fly",
+    "who likes {s}",
+    "that lives in {p}",
+    "in {p}",
+    "from {p}",
+]
+DETAILS += ["who is afraid of {s}", "with a hat", "and {s}", "on a journey", "who cannot sleep"]
+
+
 def draw_topic(rng: random.Random, chinese: bool) -> tuple[str, Topic]:
     """Draw a topic and how the user writes it."""
     roll = rng.random()
@@ -296,21 +391,57 @@ def draw_topic(rng: random.Random, chinese: bool) -> tuple[str, Topic]:
     if roll < 0.85 or chinese:
         english, zh, emoji = rng.choice(HEROES)
         if chinese:
-            return rng.choice(["", "", "一个", "小"]) + zh, Topic(zh, emoji)
+            written = rng.choice(["", "", "一个", "小"]) + zh
+            if rng.random() < 0.12:
+                friend = rng.choice(HEROES)[1]
+                return f"{written}和{friend}", Topic(zh, emoji, friend=friend)
+            return written, Topic(zh, emoji)
         article = "an" if english[0] in "aeiou" and english != "unicorn" else "a"
         written = rng.choice([f"{article} {english}", f"{article} {english}", english])
         if rng.random() < 0.3:
             written = rng.choice(["", "", "the ", "two "]) + plural(english)
         elif rng.random() < 0.25:
             written = rng.choice(["a little ", "the ", "my "]) + english
+        if rng.random() < 0.12:
+            detail = rng.choice(DETAILS)
+            written += " " + detail.format(s=rng.choice(SUBJECTS_EN), p=rng.choice(PLACES)[0])
+        elif rng.random() < 0.12:
+            friend = rng.choice(HEROES)[0]
+            written += f" and {'an' if friend[0] in 'aeio' else 'a'} {friend}"
+            return written, Topic(english, emoji, friend=friend)
         return written, Topic(english, emoji)
     # Words never listed as heroes teach the model to take over whatever a user names.
-    word = " ".join(draw_word(rng, False).lower() for _ in range(rng.choice((1, 1, 2))))
-    return rng.choice(["a ", "the ", "my ", ""]) + word, Topic(word, "✨")
+    word = " ".join(draw_word(rng, False).lower() for _ in range(rng.choice((1, 1, 2, 2, 3))))
+    return rng.choice(["a ", "an ", "the ", "my ", "an old ", ""]) + word, Topic(word, "✨")
+
+
+def story_in_other_language(rng: random.Random, chinese: bool) -> Turn:
+    """A story asked for in one language, told in the other."""
+    english, zh, emoji = rng.choice(HEROES)
+    if chinese:
+        asks = ["*用英语讲一个{x}的故事", "*用英文讲个关于{x}的故事", "*讲一个关于{x}的英文故事"]
+        user = phrase_zh(rng, rng.choice(asks), x=zh)
+        return Turn(user, compose(rng, False, Topic(english, emoji)))
+    asks = [
+        "*Tell me a story about a {x} in Chinese.",
+        "*Tell me a Chinese story about a {x}.",
+        "*Write a story about the {x} in Chinese.",
+        "*Tell me a story in Chinese about a {x}.",
+    ]
+    if rng.random() < 0.4:
+        ask = rng.choice(
+            ["*Tell me a story in Chinese.", "*Write a story in Chinese.", "A Chinese story"]
+        )
+        _, zh, emoji = favourite(rng, HEROES, ask, 0.6)
+        return Turn(phrase(rng, ask), compose(rng, True, Topic(zh, emoji)))
+    user = phrase(rng, rng.choice(asks), x=english)
+    return Turn(user, compose(rng, True, Topic(zh, emoji)))
 
 
 def story(rng: random.Random, chinese: bool) -> Turn:
     """A story on request, with or without a topic or a name for the hero."""
+    if rng.random() < 0.05:
+        return story_in_other_language(rng, chinese)
     if rng.random() < 0.2:
         ask = rng.choice(ASKS_ANY_ZH if chinese else ASKS_ANY_EN)
         user = phrase_zh(rng, ask) if chinese else phrase(rng, ask)

@@ -1,4 +1,4 @@
-"""Tasks with one right answer: adding, counting, spelling, reversing, days, months, repeating.
+"""The frame of all tasks with one right answer, and the tasks with numbers.
 
 Every task draws a case, and redraws until the case is on the wanted side of the hold-out. The
 answer is a function of the request alone, so the evaluation can compare it exactly.
@@ -7,15 +7,12 @@ answer is a function of the request alone, so the evaluation can compare it exac
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .holdout import is_held_out
-from .words import (
-    HEROES,
-    NUMBER_WORDS,
-    SPELLING_WORDS,
-)
+from .words import NUMBER_WORDS
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,18 @@ POLITE_BEFORE = [
     "Next: ",
 ]
 POLITE_AFTER = [" please", ", please", " please!", " for me", " now", ", thanks"]
+ASK_FIRST_ZH = ["请", "请你", "你能", "帮我", "麻烦你", "现在", "请帮我", "你可以", "能不能"]
 ENDINGS = [".", "!", "", "", "", "?", " ?", "...", "!!"]
 
 
 def decapitalise(text: str) -> str:
     """Lower the first letter, so that the text can follow other words."""
     return text[:1].lower() + text[1:]
+
+
+def shout(part: str) -> str:
+    """Write in capitals, except the name of a field."""
+    return part if part.startswith("{") else part.upper()
 
 
 def phrase(rng: random.Random, template: str, **fields: object) -> str:
@@ -63,12 +66,14 @@ def phrase(rng: random.Random, template: str, **fields: object) -> str:
         if rng.random() < 0.6:
             text = rng.choice(POLITE_BEFORE) + decapitalise(text)
         else:
-            text = text + rng.choice(POLITE_AFTER)
+            text = text.rstrip(".") + rng.choice(POLITE_AFTER)
     roll = rng.random()
     if roll < 0.25:
         text = text.lower()
     elif roll < 0.35:
         text = decapitalise(text)
+    elif roll < 0.37:
+        text = re.sub(r"\{\w+\}|[^{]+", lambda part: shout(part.group()), text)
     roll = rng.random()
     if roll < 0.25:
         text = text.rstrip(".?! ")
@@ -82,9 +87,9 @@ def phrase_zh(rng: random.Random, template: str, **fields: object) -> str:
     command = template.startswith("*")
     text = template.lstrip("*")
     if command and rng.random() < 0.4:
-        text = (
-            rng.choice(["请", "请你", "你能", "帮我", "麻烦你", "现在", "请帮我", "你可以", "能不能"]) + text
-        )
+        text = rng.choice(ASK_FIRST_ZH) + text
+    elif not command and rng.random() < 0.06:
+        text = rng.choice(["请问", "请问，", "那么", "嗯，", "我想问，"]) + text
     roll = rng.random()
     if roll < 0.35:
         text = text.rstrip("。？！")
@@ -140,6 +145,13 @@ ADD_EN = [
     "{a}+{b}=",
     "{a}+{b}=?",
     "{a} + {b}",
+    "{a} +{b}",
+    "{a}+ {b}",
+    "{a} + {b} equals?",
+    "How much are {a} and {b}?",
+    "What is {a} and {b} together?",
+    "*Help me add {a} and {b}.",
+    "{a} and {b} make?",
     "{a}+{b}",
     "{a} plus {b}",
     "{a} plus {b} is?",
@@ -181,6 +193,11 @@ ADD_ZH = [
     "*把{a}和{b}加起来",
     "*告诉我{a}加{b}等于多少",
     "那{a}+{b}呢？",
+    "{a}加{b}得多少？",
+    "{a}加上{b}是多少？",
+    "{a}加上{b}等于几？",
+    "{a} + {b} = ?",
+    "{a}+{b}=",
     "我有{a}个苹果，又得到{b}个，一共有几个？",
 ]
 
@@ -242,7 +259,13 @@ COUNT_FROM_ONE_EN = [
     "How do you count to {b}?",
     "Do you know how to count to {b}?",
 ]
-COUNT_ZH = ["*从{a}数到{b}", "*从{a}数到{b}。", "*从 {a} 数到 {b}", "*从{a}开始数到{b}", "*数数，从{a}到{b}"]
+COUNT_ZH = [
+    "*从{a}数到{b}",
+    "*从{a}数到{b}。",
+    "*从 {a} 数到 {b}",
+    "*从{a}开始数到{b}",
+    "*数数，从{a}到{b}",
+]
 COUNT_ZH += ["*列出{a}到{b}的数字", "*写出从{a}到{b}的数", "*把{a}到{b}数一遍"]
 COUNT_FROM_ONE_ZH = ["*数到{b}", "*数到{b}。", "*从头数到{b}", "*数数，数到{b}"]
 
@@ -270,12 +293,26 @@ def counting_zh(rng: random.Random, held_out: bool) -> Turn:
 
 
 COUNT_DOWN_EN = [
+    "*Count from {a} to {b}.",
+    "*Count {a} to {b}",
+    "*Countdown from {a} to {b}.",
+    "Countdown from {a} to {b}",
     "*Count down from {a} to {b}.",
     "*Count backwards from {a} to {b}.",
     "*Count down from {a} to {b}",
     "*Count from {a} down to {b}.",
     "*Count from {a} to {b} backwards.",
 ]
+
+COUNT_DOWN_TO_ONE_EN = [
+    "*Count down from {a}.",
+    "*Count backwards from {a}.",
+    "*Countdown from {a}",
+    "Countdown from {a}!",
+    "*Count down {a}",
+    "*Start a countdown from {a}.",
+]
+COUNT_DOWN_ZH = ["*从{a}数到{b}", "*从{a}倒数到{b}", "*从{a}倒着数到{b}", "*倒数，从{a}到{b}"]
 
 
 def counting_down(rng: random.Random, held_out: bool) -> Turn:
@@ -286,130 +323,22 @@ def counting_down(rng: random.Random, held_out: bool) -> Turn:
         if is_held_out("count-down", a, b) == held_out:
             break
     if b == 1 and rng.random() < 0.5:
-        user = phrase(rng, rng.choice(["*Count down from {a}.", "*Count backwards from {a}."]), a=a)
+        user = phrase(rng, rng.choice(COUNT_DOWN_TO_ONE_EN), a=a)
     else:
         user = phrase(rng, rng.choice(COUNT_DOWN_EN), a=a, b=b)
     return Turn(user, ", ".join(str(n) for n in range(a, b - 1, -1)) + ".")
 
 
-CONSONANTS = "bcdfghjklmnpqrstvwxyz"
-VOWELS = "aeiouaeiouy"
-ALL_WORDS = sorted(set(SPELLING_WORDS) | {hero for hero, _, _ in HEROES})
-
-
-def draw_word(rng: random.Random, held_out: bool) -> str:
-    """Draw a real word, two word pieces in a row, syllables, or plain random letters."""
+def counting_down_zh(rng: random.Random, held_out: bool) -> Turn:
+    """Count downwards as asked in Chinese, in digits or in Chinese numerals."""
     while True:
-        roll = rng.random()
-        if roll < 0.35:
-            word = rng.choice(ALL_WORDS)
-        elif roll < 0.6:
-            head, tail = rng.choice(ALL_WORDS), rng.choice(ALL_WORDS)
-            word = head[: rng.randint(1, 5)] + tail[-rng.randint(1, 5) :]
-        elif roll < 0.8:
-            count = rng.randint(1, 4)
-            word = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(count))
-            word += rng.choice(["", "", rng.choice(CONSONANTS)])
-        else:
-            letters = "abcdefghijklmnopqrstuvwxyz"
-            word = "".join(rng.choice(letters) for _ in range(rng.randint(2, 9)))
-        if len(word) >= 2 and is_held_out("word", word) == held_out:
+        b = rng.choice((0, 1, 1, 1, rng.randrange(50)))
+        a = b + rng.randint(2, 20)
+        if is_held_out("count-down", a, b) == held_out:
             break
-    roll = rng.random()
-    if roll < 0.12:
-        return word.capitalize()
-    return word.upper() if roll < 0.16 else word
-
-
-SPELL_EN = [
-    "*Spell {w}",
-    "*Spell {w}.",
-    '*Spell "{w}".',
-    "*Spell '{w}'.",
-    "*Spell the word {w}.",
-    '*Spell the word "{w}"',
-    "*Spell out {w}.",
-    "*Spell: {w}",
-    "How do you spell {w}?",
-    'How do you spell "{w}"?',
-    "How is {w} spelled?",
-    "How to spell {w}?",
-    "*Tell me how to spell {w}.",
-    "What letters are in {w}?",
-    "And {w}, how is it spelled?",
-]
-SPELL_ZH = [
-    "*拼写 {w}",
-    "*拼写{w}",
-    "*拼写单词 {w}",
-    "{w} 怎么拼？",
-    "{w}怎么拼写？",
-    "怎么拼写 {w}？",
-    "*拼一下{w}",
-]
-SPELL_ZH += ["*把单词 {w} 拼出来", "*拼写“{w}”"]
-REVERSE_EN = [
-    "*Reverse {w}",
-    "*Reverse {w}.",
-    '*Reverse "{w}".',
-    "*Reverse '{w}'.",
-    "*Reverse the word {w}.",
-    '*Reverse the word "{w}"',
-    "*Reverse: {w}",
-    "*Reverse the letters of {w}.",
-    "*Reverse the string {w}",
-    "*Write {w} backwards.",
-    '*Write "{w}" backwards.',
-    "*Say {w} backwards.",
-    "*Spell {w} backwards.",
-    "What is {w} backwards?",
-    "What's {w} backwards?",
-    "What is {w} reversed?",
-    "What is {w} spelled backwards?",
-    "How do you write {w} backwards?",
-    "{w} backwards?",
-]
-REVERSE_ZH = [
-    "*把 {w} 倒过来",
-    "*把{w}倒过来写",
-    "*反转 {w}",
-    "*反转单词{w}",
-    "{w} 倒过来是什么？",
-    "*倒着写 {w}",
-]
-REVERSE_ZH += ["*把“{w}”反过来", "*倒着拼 {w}", "*将 {w} 反转"]
-
-
-def spelled(word: str) -> str:
-    """Return the letters with hyphens between."""
-    return "-".join(word)
-
-
-def reversal(word: str) -> str:
-    """Spell the word, spell it backwards, then join: each step is an easy copy for the model."""
-    return f"{spelled(word)} backwards is {spelled(word[::-1])}: {word[::-1]}"
-
-
-def spelling(rng: random.Random, held_out: bool) -> Turn:
-    """Spell a word."""
-    word = draw_word(rng, held_out)
-    return Turn(phrase(rng, rng.choice(SPELL_EN), w=word), spelled(word))
-
-
-def spelling_zh(rng: random.Random, held_out: bool) -> Turn:
-    """Spell a word as asked in Chinese."""
-    word = draw_word(rng, held_out)
-    return Turn(phrase_zh(rng, rng.choice(SPELL_ZH), w=word), spelled(word))
-
-
-def reversing(rng: random.Random, held_out: bool) -> Turn:
-    """Reverse a word."""
-    word = draw_word(rng, held_out)
-    return Turn(phrase(rng, rng.choice(REVERSE_EN), w=word), reversal(word))
-
-
-def reversing_zh(rng: random.Random, held_out: bool) -> Turn:
-    """Reverse a word as asked in Chinese."""
-    word = draw_word(rng, held_out)
-    answer = f"{spelled(word)} 倒过来是 {spelled(word[::-1])}：{word[::-1]}"
-    return Turn(phrase_zh(rng, rng.choice(REVERSE_ZH), w=word), answer)
+    write = chinese_number if rng.random() < 0.4 else str
+    if b == 1 and rng.random() < 0.4:
+        user = phrase_zh(rng, rng.choice(["*从{a}倒数", "*从{a}开始倒数"]), a=write(a))
+    else:
+        user = phrase_zh(rng, rng.choice(COUNT_DOWN_ZH), a=write(a), b=write(b))
+    return Turn(user, "、".join(write(n) for n in range(a, b - 1, -1)) + "。")

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import calendar_tasks, copy_tasks, names, tasks
+from . import calendar_tasks, copy_tasks, follow_ups, letter_tasks, names, tasks
 from .plain_texts import plain_text
 from .smalltalk import small_talk
 from .stories import story
@@ -43,8 +43,9 @@ CHECKED_EN: list[tuple[Task, int]] = [
     (tasks.addition, 22),
     (tasks.counting, 6),
     (tasks.counting_down, 3),
-    (tasks.spelling, 7),
-    (tasks.reversing, 10),
+    (letter_tasks.spelling, 8),
+    (letter_tasks.letter_count, 2),
+    (letter_tasks.reversing, 10),
     (calendar_tasks.day_order, 6),
     (calendar_tasks.month_order, 5),
     (copy_tasks.repeating, 6),
@@ -52,12 +53,29 @@ CHECKED_EN: list[tuple[Task, int]] = [
 CHECKED_ZH: list[tuple[Task, int]] = [
     (tasks.addition_zh, 20),
     (tasks.counting_zh, 8),
-    (tasks.spelling_zh, 5),
-    (tasks.reversing_zh, 6),
+    (tasks.counting_down_zh, 3),
+    (letter_tasks.spelling_zh, 5),
+    (letter_tasks.reversing_zh, 6),
     (calendar_tasks.day_order_zh, 6),
     (calendar_tasks.month_order_zh, 4),
     (copy_tasks.repeating_zh, 5),
 ]
+
+
+# A bare request is encoded apart from the line break, as it is when it comes alone as a prompt.
+PLAIN_DIALOGUES = [
+    ("{}", "\n{}"),
+    ("{}", "\n{}"),
+    ("{}", "\n{}"),
+    ("{}\n", "{}"),
+    ("Q: {}\nA:", " {}"),
+    ("Question: {}\nAnswer:", " {}"),
+    ("User: {}\nAssistant:", " {}"),
+    ("Human: {}\nAI:", " {}"),
+    ("问：{}\n答：", "{}"),
+]
+
+LINKS_EN = [", and then ", " and then ", ", then ", ". Then ", ". ", ", and ", " and ", ". And "]
 
 
 @dataclass(frozen=True)
@@ -68,16 +86,31 @@ class Segment:
     learned: bool
 
 
-def checked_task(rng: random.Random, chinese: bool) -> Turn:
-    """A task with one right answer, never a held-out case."""
+def checked_task(rng: random.Random, chinese: bool, joinable: bool = False) -> Turn:
+    """A task with one right answer, never a held-out case.
+
+    Repeating, the last in both tables, cannot be joined: the other request would be repeated too.
+    """
     table = CHECKED_ZH if chinese else CHECKED_EN
+    if joinable:
+        table = table[:-1]
     (task,) = rng.choices([task for task, _ in table], [weight for _, weight in table])
     return task(rng, False)
+
+
+def joined(rng: random.Random, chinese: bool, first: Turn, second: Turn) -> Turn:
+    """Two requests in one message, answered on two lines."""
+    link = rng.choice(["，然后", "。然后", "，再", "。", "，"] if chinese else LINKS_EN)
+    begin = first.user.rstrip("，。,. ") if link[0] in "，。,. " else first.user
+    return Turn(begin + link + second.user, first.assistant + "\n" + second.assistant)
 
 
 def other_turn(rng: random.Random, chinese: bool, name: str | None) -> Turn:
     """A turn that neither gives nor asks for the user's name."""
     roll = rng.random()
+    if roll < 0.03:
+        first, second = (checked_task(rng, chinese, joinable=True) for _ in range(2))
+        return joined(rng, chinese, first, second)
     if roll < 0.56:
         return checked_task(rng, chinese)
     if roll < 0.74:
@@ -104,6 +137,11 @@ def conversation(rng: random.Random) -> list[Turn]:
     turns: list[Turn] = []
     while len(turns) < length:
         chinese = rng.random() < chinese_share
+        if turns and rng.random() < 0.12:
+            next_turn = follow_ups.follow_up(rng, chinese, turns[-1], name)
+            if next_turn:
+                turns.append(next_turn)
+                continue
         if asked_for_name and rng.random() < 0.6:
             name = names.draw_name(rng, chinese, False)
             turns.append(names.bare_name(rng, chinese, name))
@@ -114,10 +152,16 @@ def conversation(rng: random.Random) -> list[Turn]:
             turns.append(other_turn(rng, chinese, name))
         elif rng.random() < (0.15 if name else 0.7):
             new_name = names.draw_name(rng, chinese, False)
-            turns.append(names.give_name(rng, chinese, new_name, name))
+            turn = names.give_name(rng, chinese, new_name, name)
+            if rng.random() < 0.15:
+                turn = joined(rng, chinese, turn, checked_task(rng, chinese, joinable=True))
+            turns.append(turn)
             name = new_name
         else:
-            turns.append(names.ask_name(rng, chinese, name))
+            turn = names.ask_name(rng, chinese, name)
+            if name and rng.random() < 0.08:
+                turn = joined(rng, chinese, checked_task(rng, chinese, joinable=True), turn)
+            turns.append(turn)
             asked_for_name = name is None
     return turns
 
@@ -142,10 +186,16 @@ def chat_document(rng: random.Random) -> list[Segment]:
 
 
 def plain_document(rng: random.Random) -> list[Segment]:
-    """Write a document without markup, which the model learns from its first token on."""
+    """Write a document without markup: a text to learn from its first token on, or a dialogue."""
     chinese = rng.random() < 0.3
-    text = plain_text(rng, chinese, lambda: other_turn(rng, chinese, None))
-    return [Segment(text + END_OF_TEXT, True)]
+    if rng.random() < 0.7:
+        return [Segment(plain_text(rng, chinese) + END_OF_TEXT, True)]
+    turn = other_turn(rng, chinese, None)
+    ask, answer = rng.choice(PLAIN_DIALOGUES)
+    return [
+        Segment(ask.format(turn.user), False),
+        Segment(answer.format(turn.assistant) + END_OF_TEXT, True),
+    ]
 
 
 def documents(seed: int) -> Iterator[list[Segment]]:

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from . import demo_model_dir
 from .network import Mask, Network, NetworkConfig
-from .packing import ID_MASK, LEARNED_BIT, START_BIT, build_rows
+from .packing import ID_MASK, LEARNED_BIT, START_BIT, RowBuilder
 from .text_generator import END_OF_TEXT, IM_END
 
 
@@ -59,50 +59,69 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(network: Network, data: Tensor, arguments: argparse.Namespace) -> None:
-    """Run the training steps."""
-    device = data.device
-    on_gpu = device.type == "cuda"
-    network.to(device)
-    matrices = [p for p in network.parameters() if p.dim() == 2]
-    others = [p for p in network.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=arguments.rate,
-        betas=(0.9, 0.95),
-        fused=on_gpu,
-    )
-    forward = torch.compile(network) if on_gpu else network
-    mask_of = torch.compile(document_mask) if on_gpu else document_mask
-    generator = torch.Generator().manual_seed(arguments.seed)
-    order = torch.randperm(len(data), generator=generator)
-    place = 0
-    started = time.perf_counter()
-    total = torch.zeros((), device=device)
-    for step in range(arguments.steps):
-        if place + arguments.rows > len(order):
-            order, place = torch.randperm(len(data), generator=generator), 0
-        chosen = order[place : place + arguments.rows].to(device)
-        place += arguments.rows
-        ids, labels, owner = unpack(data[chosen])
-        mask = mask_of(owner)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.rate)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = forward(ids, labels, mask)
-        optimizer.zero_grad(set_to_none=True)
+class Trainer:
+    """Holds the network, its optimizer and, on a GPU, their compiled forms."""
+
+    def __init__(self, network: Network, device: str, peak_rate: float) -> None:
+        self.device = device
+        self.network = network.to(device)
+        matrices = [p for p in network.parameters() if p.dim() == 2]
+        others = [p for p in network.parameters() if p.dim() != 2]
+        on_gpu = device != "cpu"
+        self.peak_rate = peak_rate
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            lr=peak_rate,
+            betas=(0.9, 0.95),
+            fused=on_gpu,
+        )
+        self._forward = torch.compile(network) if on_gpu else network
+        self._mask = torch.compile(document_mask) if on_gpu else document_mask
+
+    def gradients(self, words: Tensor) -> Tensor:
+        """Compute the gradients for a batch of packed rows and return the loss."""
+        ids, labels, owner = unpack(words)
+        mask = self._mask(owner)
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            loss = self._forward(ids, labels, mask)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        total += loss.detach()
-        if (step + 1) % arguments.report_every == 0:
-            mean = total.item() / arguments.report_every
-            total.zero_()
-            seconds = time.perf_counter() - started
-            print(f"step {step + 1} loss {mean:.4f} after {seconds:.0f} s", flush=True)
+        return loss.detach()
+
+    def compile(self, rows: int, context: int) -> None:
+        """Compile by running one batch, whose gradients the next batch discards."""
+        word = 1 - LEARNED_BIT  # as a signed number: token 1, learned
+        self.gradients(torch.full((rows, context), word, dtype=torch.int16, device=self.device))
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def train(self, data: Tensor, steps: int, rows: int, seed: int, report_every: int) -> None:
+        """Run the training steps over shuffled rows."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(data), generator=generator)
+        place = 0
+        started = time.perf_counter()
+        total = torch.zeros((), device=self.device)
+        for step in range(steps):
+            if place + rows > len(order):
+                order, place = torch.randperm(len(data), generator=generator), 0
+            chosen = order[place : place + rows].to(self.device)
+            place += rows
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, self.peak_rate)
+            total += self.gradients(data[chosen])
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimizer.step()
+            if (step + 1) % report_every == 0:
+                mean = total.item() / report_every
+                total.zero_()
+                seconds = time.perf_counter() - started
+                print(f"step {step + 1} loss {mean:.4f} after {seconds:.0f} s", flush=True)
 
 
-def export(network: Network, config: NetworkConfig, tokenizer: Tokenizer, out: pathlib.Path) -> None:
+def export(
+    network: Network, config: NetworkConfig, tokenizer: Tokenizer, out: pathlib.Path
+) -> None:
     """Write the weights in bfloat16 and the configuration files."""
     weights = {
         name: value.detach().to("cpu", torch.bfloat16).contiguous()
@@ -150,21 +169,24 @@ def main() -> None:
     tokenizer_path = demo_model_dir() / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     started = time.perf_counter()
-    rows = build_rows(
+    builder = RowBuilder(
         seed=arguments.seed,
         tokenizer_path=tokenizer_path,
         context=arguments.context,
         rows=arguments.total_rows,
         workers=arguments.workers,
     )
-    seconds = time.perf_counter() - started
-    print(f"generated {rows.size} tokens in {seconds:.0f} s", flush=True)
-    # PyTorch indexes signed 16-bit integers on every device, unsigned ones not.
-    data = torch.from_numpy(rows.view("int16")).to(arguments.device)
     config = NetworkConfig(vocabulary_size=tokenizer.get_vocab_size())
     network = Network(config)
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
-    train(network, data, arguments)
+    trainer = Trainer(network, arguments.device, arguments.rate)
+    trainer.compile(arguments.rows, arguments.context)
+    print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
+    rows = builder.result()
+    print(f"generated {rows.size} tokens after {time.perf_counter() - started:.0f} s", flush=True)
+    # PyTorch indexes signed 16-bit integers on every device, unsigned ones not.
+    data = torch.from_numpy(rows.view("int16")).to(arguments.device)
+    trainer.train(data, arguments.steps, arguments.rows, arguments.seed, arguments.report_every)
     export(network, config, tokenizer, arguments.out)
 
 
