@@ -247,8 +247,8 @@ class Scheduler:
         running, pages = self._running, self.pages
         needed = pages.pages_for(len(request.token_ids))
         reserve = max(len(running), pages.total // 100) if running else 0
-        # A preempted request can have a last token in flight, which belongs to its prompt now.
-        if len(running) >= self.limits.max_running or pages.free < needed + reserve or request.pending:
+        # A preempted request has no token in flight here: pages are free again only after the steps that had it.
+        if len(running) >= self.limits.max_running or pages.free < needed + reserve:
             return False
         request.pages = pages.allocate(needed)
         request.scheduled_ns = request.scheduled_ns or timeline.now()

@@ -1,0 +1,182 @@
+"""One replica: scheduler and engine, driven step by step by whoever owns it (main.py, or minisgl.Engine)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from minisgl import timeline
+from minisgl.config import ModelSpec, ServerConfig
+from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, RequestError, StreamOpen, TokenBatch, TokenizedRequest
+from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.request import Request, StepPlan
+from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What the core needs of an engine; engine.StepEngine is the real one."""
+
+    page_size: int
+    num_pages: int
+    device_name: str
+    dtype_name: str
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Start a step; does not wait for the device."""
+
+    def retire(self, step: Any) -> list[int]:
+        """Wait for a launched step; one token id per row with `sample`, in row order."""
+
+
+class ReplicaCore:
+    """Takes requests, runs steps, and gives back what goes to the detokenizer.
+
+    Every submitted request ends in exactly one of: the RequestError that `submit` or `fail_all` returns, or one row of
+    a TokenBatch from `step` whose finish is not NONE.
+    """
+
+    def __init__(
+        self, engine: StepRunner, config: ServerConfig, model: ModelSpec, replica: int = 0, epoch: int = 1
+    ) -> None:
+        self.engine = engine
+        self.limits = scheduler_limits(config, model, engine.device_name)
+        self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size))
+        self._replica = replica
+        self._epoch = epoch
+        self._narrate = config.narrate
+        self._ended = self._empty_batch()
+        self._steps = 0
+        self._tokens_generated = 0
+        self._last_step_ms = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._ended.rids)
+
+    def submit(self, message: TokenizedRequest) -> RequestError | None:
+        """Queue a request, or say why it can never run."""
+        message.stamps.append(timeline.now())
+        return self.scheduler.submit(message)
+
+    def abort(self, rid: int) -> None:
+        """End a request with a row in the next batch; an unknown or ended one is ignored."""
+        request = self.scheduler.abort(rid)
+        if request is None:
+            return
+        if not request.output_len:
+            self._ended.opened.append(_stream_open(request))
+        self._ended.rids.append(rid)
+        self._ended.token_ids.append(NO_TOKEN)
+        self._ended.finishes.append(FinishReason.ABORT)
+
+    def step(self) -> TokenBatch | None:
+        """Run one step, or hand over the rows of aborted requests first, which need none; None without new rows.
+
+        An exception is the engine's and leaves the core unusable: call `fail_all`, and start a new one.
+        """
+        if self._ended.rids:
+            batch, self._ended = self._ended, self._empty_batch()
+            return batch
+        plan = self.scheduler.plan()
+        if plan is None:
+            return None
+        launched = timeline.now()
+        token_ids = self.engine.retire(self.engine.launch(plan))
+        sampled = self.scheduler.retire(plan, token_ids)
+        retired = timeline.now()
+        self._steps += 1
+        self._tokens_generated += len(sampled.rids)
+        self._last_step_ms = (retired - launched) / 1e6
+        if self._narrate:
+            self._tell_prefills(plan)
+        if not sampled.rids:
+            return None
+        return TokenBatch(
+            self._replica,
+            self._epoch,
+            plan.step,
+            launched,
+            retired,
+            [_stream_open(request) for request in sampled.opened],
+            sampled.rids,
+            sampled.token_ids,
+            sampled.finishes,
+        )
+
+    def fail_all(self, status: int, code: str, message: str) -> list[RequestError]:
+        """The errors that end every request; the core is of no use afterwards."""
+        rids = [*self.scheduler.rids(), *self._ended.rids]
+        return [RequestError(rid, status, code, message) for rid in rids]
+
+    def info(self) -> JsonObject:
+        """What was decided at start."""
+        pages = self.scheduler.pages
+        return {
+            "device": self.engine.device_name,
+            "dtype": self.engine.dtype_name,
+            "kv_tokens": pages.total * pages.page_size,
+            "page_size": pages.page_size,
+            "max_running_requests": self.limits.max_running,
+            "chunked_prefill_size": self.limits.step_tokens,
+            "context_length": self.limits.context_length,
+        }
+
+    def stats(self) -> JsonObject:
+        """Gauges and counters of now; walks the running requests."""
+        scheduler = self.scheduler
+        return {
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "kv_pages_free": scheduler.pages.free,
+            "kv_pages_total": scheduler.pages.total,
+            "kv_pages_leaked": scheduler.leaked_pages(),
+            "preemptions": scheduler.preemptions,
+            "steps": self._steps,
+            "step_ms": round(self._last_step_ms, 3),
+            "tokens_generated": self._tokens_generated,
+        }
+
+    def _empty_batch(self) -> TokenBatch:
+        return TokenBatch(self._replica, self._epoch, 0, 0, 0)
+
+    def _tell_prefills(self, plan: StepPlan) -> None:
+        for row in plan.rows[plan.decode_rows :]:
+            logger.info(
+                "prefill %d tokens %d..%d (%d tokens, cached %d) took %.2f ms",
+                row.request.rid,
+                row.start,
+                row.start + row.length - 1,
+                row.length,
+                row.request.cached_tokens,
+                self._last_step_ms,
+            )
+
+
+def scheduler_limits(config: ServerConfig, model: ModelSpec, device_name: str) -> SchedulerLimits:
+    """The limits that the settings, the model and the device lead to."""
+    on_cuda = device_name.startswith("cuda")
+    return SchedulerLimits(
+        context_length=config.context_length or model.context_length,
+        max_running=config.max_running_requests or (256 if on_cuda else 64),
+        step_tokens=config.chunked_prefill_size or (8192 if on_cuda else 512),
+        eos_ids=frozenset(model.eos_token_ids),
+        vocab_size=model.vocab_size,
+    )
+
+
+def _stream_open(request: Request) -> StreamOpen:
+    """Introduce a request to the detokenizer; its stamps then reach up to "first_token", also when it never ran."""
+    now = timeline.now()
+    sampling = request.sampling
+    return StreamOpen(
+        request.rid,
+        request.prompt_len,
+        request.cached_tokens,
+        list(sampling.stop),
+        sampling.skip_special_tokens,
+        sampling.no_stop_trim,
+        [*request.stamps, request.scheduled_ns or now, now],
+    )
