@@ -85,8 +85,7 @@ SAMPLING_FIELDS = {
         NULL,
         default=None,
         description="the same seed gives the same tokens; null draws one",
-        minimum=-(2**63),
-        maximum=2**63 - 1,
+        format="int64",
     ),
     "min_new_tokens": field(
         INTEGER,

@@ -32,7 +32,7 @@ from minisgl.messages import (
     WorkerUp,
     make_request_id,
 )
-from minisgl.timeline import now, total_us
+from minisgl.timeline import STAMPS, now, total_us
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class Streams:
         return {
             "streams": len(self._table),
             "aborting": sum(stream.aborting for stream in self._table.values()),
+            "slow_clients": sum(stream.writer.parked_since_ns > 0 for stream in self._open),
             "draining": bool(self.draining),
             "replayed": self.replayed,
             "late_rows": self.late_rows,
@@ -264,7 +265,7 @@ def _outcome_of(stream: Stream) -> tuple[str, str]:
 
 
 def _counts(stream: Stream) -> str:
-    ttfb = f"{total_us(stream.stamps) / 1e3:.1f}ms" if stream.writer.chunks else "-"
+    ttfb = f"{total_us(stream.stamps) / 1e3:.1f}ms" if len(stream.stamps) == len(STAMPS) else "-"
     return f"prompt={stream.prompt_tokens} completion={stream.completion_tokens} ttfb={ttfb}"
 
 

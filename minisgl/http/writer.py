@@ -18,7 +18,7 @@ from minisgl.timeline import now
 
 logger = logging.getLogger(__name__)
 
-MAX_PARKED_CHARS = 2**20
+MAX_PENDING_CHARS = 2**20
 """Text held for a client that does not read; past it the connection is dropped."""
 
 
@@ -26,7 +26,6 @@ class ResponseWriter:
     """One response: `start`, then `write` any number of times, then `end`; `flush` hands over what has collected.
 
     Attributes:
-        started: the status line has been decided (no other status can be sent).
         complete: the last byte was handed to the socket.
         dropped: why the connection was dropped from this side, or "".
         parked_since_ns: since when the client's socket has been full; 0 while it is not.
@@ -34,7 +33,6 @@ class ResponseWriter:
     """
 
     def __init__(self, ingress: Ingress, narrate: bool = False) -> None:
-        self.started = False
         self.complete = False
         self.dropped = ""
         self.parked_since_ns = 0
@@ -43,8 +41,7 @@ class ResponseWriter:
         self._narrate = narrate
         self._head: Message | None = None
         self._pending: list[str] = []
-        self._parked_chars = 0
-        self._parked: Generator[Any, Any, Any] | None = None
+        self._pending_chars = 0
         self._ending = False
         self._last_body_sent = False
 
@@ -52,15 +49,16 @@ class ResponseWriter:
         fields = {"content-type": media_type, **headers, "x-request-id": self._ingress.request_id}
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
         self._head = {"type": "http.response.start", "status": status, "headers": encoded}
-        self.started = True
 
     def write(self, text: str) -> None:
         """Add ASCII text to the body; it leaves at the next flush."""
         self._pending.append(text)
-        if self._parked is not None:
-            self._parked_chars += len(text)
-            if self._parked_chars > MAX_PARKED_CHARS:
-                self.drop(f"client did not read {self._parked_chars} bytes")
+        self._pending_chars += len(text)
+        if self._pending_chars > MAX_PENDING_CHARS:
+            if not self.parked_since_ns:
+                self.flush()
+            else:
+                self.drop(f"client did not read {self._pending_chars} bytes")
 
     def end(self) -> None:
         self._ending = True
@@ -73,7 +71,7 @@ class ResponseWriter:
 
     def flush(self) -> None:
         """Send what has collected, in one ASGI send; does nothing while the client is parked."""
-        if self._parked is not None or self.complete:
+        if self.parked_since_ns or self.complete:
             return
         if self._head is not None:
             head, self._head = self._head, None
@@ -82,7 +80,7 @@ class ResponseWriter:
         if self._pending or self._ending:
             body = "".join(self._pending).encode("ascii")
             self._pending.clear()
-            self._parked_chars = 0
+            self._pending_chars = 0
             self.chunks += 1
             self._last_body_sent = self._ending
             if self._narrate:
@@ -105,15 +103,14 @@ class ResponseWriter:
         try:
             socket_drained = next(sending)
         except StopIteration:
-            self._parked, self.parked_since_ns = None, 0
+            self.parked_since_ns = 0
             return True
         except Exception:
             logger.exception("%s cannot be written to", self._ingress.request_id)
-            self._parked, self.parked_since_ns = None, 0
+            self.parked_since_ns = 0
             self.drop("server refused the write")
             return True
-        if self._parked is None:
-            self._parked, self.parked_since_ns = sending, now()
+        self.parked_since_ns = self.parked_since_ns or now()
         socket_drained.add_done_callback(lambda _: self._resume(sending))
         return False
 

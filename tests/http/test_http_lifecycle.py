@@ -1,0 +1,216 @@
+"""The worker among its kin: health, admission, drain, shutdown, garbage in its inbox, books that balance, its log."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+from http_rig import Rig, lines, running
+
+from minisgl.http.accounting import OUTCOMES
+from minisgl.http.health import HealthView
+from minisgl.messages import (
+    AbortRequest,
+    Drain,
+    FinishReason,
+    GenerateRequest,
+    Health,
+    RequestError,
+    TokenizedRequest,
+    encode,
+)
+
+
+def test_health_tells_what_the_supervisor_says_and_when_it_is_silent() -> None:
+    with running() as rig:
+        rig.healthy()
+        _eventually(lambda: rig.get("/health")[0] == 200)
+        began = time.monotonic()
+        status, body = rig.get("/health")
+        assert time.monotonic() - began < 0.2
+        assert body == {"status": "ok", "problems": [], "workers": {"scheduler-0": {"state": "up", "epoch": 1}}}
+        rig.ring.send(Health(["scheduler-0 died 0.1 s ago: killed"], {}))
+        _eventually(lambda: rig.get("/health")[1]["problems"] == ["scheduler-0 died 0.1 s ago: killed"])
+        assert rig.get("/health")[0] == 503
+        rig.healthy()
+        _eventually(lambda: rig.get("/health")[0] == 200)
+        time.sleep(1.1)
+        status, body = rig.get("/health")
+        assert status == 503
+        assert "silent" in body["problems"][0]
+
+
+def test_health_before_the_first_report() -> None:
+    view = HealthView()
+    assert view.problems() == ["the supervisor has not reported yet"]
+    view.take(Health([], {"http-0": {}}))
+    assert (view.problems(), view.workers()) == ([], {"http-0": {}})
+
+
+def test_model_info_names_the_model() -> None:
+    with running() as rig:
+        for path in ("/get_model_info", "/model_info"):
+            status, info = rig.get(path)
+            assert status == 200
+            assert (info["served_model_name"], info["tokenizer_path"]) == ("demo", "models/demo")
+            assert info["is_generation"] is True
+
+
+def test_admission_is_bounded() -> None:
+    with running(max_queued_requests=3) as rig:
+        open_requests = [rig.ask({"prompt": str(index)}) for index in range(3)]
+        connection = rig.post({"prompt": "one too many"})
+        response = connection.getresponse()
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        error = json.loads(response.read())["error"]
+        assert error["code"] == "queue_full"
+        assert "3 requests" in error["message"]
+        # A client that left still counts until the scheduler has let go of its request.
+        leaver, left_request = open_requests.pop()
+        leaver.close()
+        rig.from_http(AbortRequest)
+        assert rig.error({"prompt": "x"})[0] == 503
+        rig.delta(left_request, "", [], FinishReason.ABORT)
+        rig.stats(streams=2)
+        open_requests.append(rig.ask({"prompt": "x"}))
+        for connection, request in open_requests:
+            rig.answer(request, "ok")
+            assert connection.getresponse().status == 200
+        rig.stats(rejected=2, ok=3, aborted=1, in_flight=0)
+
+
+def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
+    with running() as rig:
+        connection, request = rig.ask({"prompt": "Hi"})
+        rig.healthy()
+        rig.ring.send(Drain())
+        rig.stats(draining=1, in_flight=1)
+        refused = rig.post({"prompt": "new"}).getresponse()
+        assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+        assert json.loads(refused.read())["error"]["code"] == "draining"
+        status, body = rig.get("/health")
+        assert (status, body["problems"]) == (503, ["the server is draining"])
+        rig.answer(request, "a", "b")
+        assert [line.get("text_delta") for line in lines(connection.getresponse())] == ["a", "b", None]
+        rig.stats(in_flight=0, ok=1, rejected=1)
+        assert rig.process.is_alive()
+        assert rig.stop() == 0
+
+
+def test_shutdown_ends_every_request_with_an_error() -> None:
+    rig = Rig()
+    shown, shown_request = rig.ask({"prompt": "shown"})
+    rig.delta(shown_request, "a", opens=True)
+    response = shown.getresponse()
+    response.readline()
+    fresh, _ = rig.ask({"prompt": "fresh"})
+    whole, whole_request = rig.ask({"prompt": "whole", "stream": False})
+    rig.delta(whole_request, "a", opens=True)
+    uploading = rig.raw_connection()
+    uploading.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    rig.stats(in_flight=4)
+    began = time.monotonic()
+    assert rig.stop() == 0
+    assert time.monotonic() - began < 5
+    (error,) = lines(response)
+    assert (error["event"], error["code"]) == ("error", "shutting_down")
+    for connection in (fresh, whole):
+        refused = connection.getresponse()
+        assert refused.status == 503
+        assert json.loads(refused.read())["error"]["code"] == "shutting_down"
+    uploading.close()
+
+
+def test_garbage_in_the_inbox_is_dropped_and_counted() -> None:
+    with running() as rig:
+        connection, request = rig.ask({"prompt": "Hi"})
+        rng = random.Random(7)
+        frames = [rng.randbytes(rng.randrange(60)) for _ in range(300)]
+        valid = encode(RequestError(request.rid, 500, "cut", "cut"))
+        frames += [valid[:length] for length in range(len(valid))]
+        frames += [encode(TokenizedRequest(request.rid, [1], request.sampling, [1])), encode(AbortRequest(request.rid))]
+        with zmq.Context() as context, context.socket(zmq.PUSH) as garbage:
+            garbage.connect(rig.ring.address)
+            for frame in frames:
+                garbage.send(frame)
+            garbage.send_multipart([valid, valid])
+            rig.stats(frames_dropped=len(frames) + 1)
+        rig.answer(request, "still", " here")
+        assert [line.get("text_delta") for line in lines(connection.getresponse())] == ["still", " here", None]
+
+
+def test_the_books_balance_after_mixed_traffic() -> None:
+    with running() as rig, rig.answering():
+
+        def client(seed: int) -> None:
+            rng = random.Random(seed)
+            for _ in range(25):
+                kind = rng.randrange(4)
+                body = {"prompt": "Hi" * rng.randrange(1, 50), "stream": bool(rng.randrange(2))}
+                connection = rig.post({**body, "top_k": 0} if kind == 0 else body)
+                if kind == 1:
+                    connection.close()
+                    continue
+                response = connection.getresponse()
+                assert response.status == (400 if kind == 0 else 200)
+                assert (body["prompt"] in response.read().decode()) == (kind != 0)
+                connection.close()
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = rig.stats(in_flight=0, streams=0, requests_total=150)
+        assert sum(stats[outcome] for outcome in OUTCOMES) == 150
+        assert stats["client_error"] > 0
+        assert stats["ok"] > 0
+        assert stats["failed"] == stats["rejected"] == 0
+
+
+@pytest.mark.parametrize("narrate", [False, True])
+def test_the_log(capfd: pytest.CaptureFixture[str], narrate: bool) -> None:
+    with running(narrate=narrate) as rig:
+        connection = rig.post({"prompt": "Hi"}, **{"X-Request-Id": "find-me"})
+        request = rig.from_http(GenerateRequest)
+        rig.delta(request, "secret-text", opens=True)
+        response = connection.getresponse()
+        response.readline()
+        rig.delta(request, "", [2], FinishReason.STOP)
+        response.read()
+        rig.error({"prompt": ""}, **{"X-Request-Id": "bad-one"})
+        rig.stats(in_flight=0, ok=1, client_error=1)
+    logged = capfd.readouterr().err.splitlines()
+    found = [line for line in logged if "find-me" in line]
+    refused = [line for line in logged if "bad-one" in line]
+    assert len(refused) == 1
+    assert "400 invalid_value" in refused[0]
+    assert "200 stop prompt=7 completion=2 ttfb=" in found[-1]
+    if narrate:
+        assert any("secret-text" in line for line in found)
+        assert any("7 prompt tokens (2 cached), 2 answer tokens" in line and "prefill" in line for line in found)
+    else:
+        assert len(found) == 1
+        assert "secret-text" not in "\n".join(logged)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    with running() as rig:
+        loaded = Path(f"/proc/{rig.process.pid}/maps").read_text()
+    assert "uvloop" in loaded
+    assert "libtorch" not in loaded
+    assert "tokenizers" not in loaded
+
+
+def _eventually(condition: object, seconds: float = 5.0) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.02)
