@@ -1,1 +1,1 @@
-"""To be written."""
+"""Models: their config, their weights, and the forward pass of one step."""

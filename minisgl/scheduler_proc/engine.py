@@ -1,0 +1,180 @@
+"""Runs steps: a StepPlan becomes one copy to the device, one forward pass, and one token per sampling row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minisgl.config import ModelSpec, ServerConfig
+from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
+from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
+from minisgl.scheduler_proc.core import scheduler_limits
+from minisgl.scheduler_proc.device import choose_device, choose_dtype, describe, set_cpu_threads
+from minisgl.scheduler_proc.kv_sizing import choose_num_pages
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch
+from minisgl.scheduler_proc.models.loader import Model, load_model
+from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
+from minisgl.scheduler_proc.sampler import SamplingBatch, sample, sampling_columns
+from minisgl.scheduler_proc.scheduler import SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PAGE_SIZE = 16
+WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightStep:
+    """A launched step. `result` is int64 [2, rows that sample]: token ids, and whether the logits were finite.
+
+    On CUDA it lies in pinned host memory and is valid once `done` has happened.
+    """
+
+    result: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+class StepEngine:
+    """One replica's model, KV pool and sampler.
+
+    Attributes:
+        page_size: tokens per KV page.
+        num_pages: KV pages; their ids are 0 .. num_pages - 1.
+        device_name: torch's name of the device first, then what it is.
+        dtype_name: precision of weights and KV, such as bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        pool: KVPool,
+        limits: SchedulerLimits,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self.page_size = pool.page_size
+        self.num_pages = pool.num_pages
+        self.device_name = describe(device, threads)
+        self.dtype_name = str(pool.layers[0].dtype).removeprefix("torch.")
+        self._model = model
+        self._attention = attention
+        self._limits = limits
+        self._device = device
+        self._warned = False
+
+    @classmethod
+    def load(
+        cls, config: ServerConfig, model: ModelSpec, replica: int, progress: Callable[[str, int, int], None]
+    ) -> StepEngine:
+        """Load weights and take KV memory.
+
+        Args:
+            progress: called with a stage, and how much of it is done of how much (0 of 0: unknown).
+
+        Raises:
+            ConfigError: the device is not there, or its memory does not hold one KV page.
+            ModelError: the model's files are missing, broken, or of an unsupported kind.
+        """
+        device = choose_device(config, replica)
+        dtype = choose_dtype(config, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        progress("loading weights", 0, 0)
+        with torch.inference_mode():
+            loaded = load_model(
+                Path(model.directory),
+                dtype=dtype,
+                device=device,
+                context_length=config.context_length or model.context_length,
+                dummy_seed=config.random_seed if config.load_format == "dummy" else None,
+                trust_remote_code=config.trust_remote_code,
+                progress=lambda done, total: progress("loading weights", done, total),
+            )
+            progress("sizing KV memory", 0, 0)
+            threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
+
+            def make_engine(num_pages: int) -> StepEngine:
+                pool = KVPool(loaded.kv_shapes, num_pages, page_size, dtype, device)
+                return cls(loaded, make_attention(config.attention_backend, pool), pool, limits, device, threads)
+
+            page_size = config.page_size or DEFAULT_PAGE_SIZE
+            limits = scheduler_limits(config, model, str(device))
+            activation_bytes = 0
+            if device.type == "cuda":
+                trial = make_engine(-(-limits.step_tokens // page_size))
+                activation_bytes = trial.peak_memory_of_largest_step()
+                del trial
+                torch.cuda.empty_cache()
+            num_pages = choose_num_pages(
+                config,
+                limits,
+                device,
+                page_size=page_size,
+                page_bytes=bytes_per_token(loaded.kv_shapes, dtype) * page_size,
+                activation_bytes=activation_bytes,
+            )
+            return make_engine(num_pages)
+
+    def warm_up(self) -> None:
+        """Run a prefill, a chunk after it, and decode steps of one and several rows; KV pages are free afterwards."""
+        tokens = min(WARM_UP_TOKENS, self._limits.context_length // 2, self.page_size * self.num_pages // 2)
+        if not tokens:
+            return
+        pages = list(range(-(-2 * tokens // self.page_size)))
+        for rows, decode_rows in (
+            ([(0, tokens)], 0),
+            ([(tokens, 1), (tokens, 1), (tokens, 1), (tokens, tokens)], 3),
+            ([(tokens, 1)], 1),
+        ):
+            self.retire(self.launch(_trial_plan(rows, decode_rows, pages)))
+
+    def peak_memory_of_largest_step(self) -> int:
+        """CUDA memory in bytes that a step takes beside weights and KV, by running one on the pool's first pages."""
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        whole, rest = divmod(self._limits.step_tokens, self._limits.context_length)
+        prompts = [(0, self._limits.context_length)] * whole + [(0, rest)] * (rest > 0)
+        decodes = [(0, 1)] * self._limits.max_running
+        self.retire(self.launch(_trial_plan(decodes + prompts, len(decodes), list(range(self.num_pages)))))
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """Start a step; returns before it is computed where the device allows that (CUDA)."""
+        with torch.inference_mode():
+            batch, columns = make_forward_batch(plan, self.page_size, self._device, sampling_columns(plan))
+            logits = self._model.forward(batch, self._attention.begin_step(batch))
+            tokens, finite = sample(logits, SamplingBatch(*columns))
+            result = torch.stack((tokens, finite.long()))
+            if self._device.type != "cuda":
+                return InFlightStep(result, None)
+            on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            on_host.copy_(result, non_blocking=True)
+            return InFlightStep(on_host, torch.cuda.current_stream().record_event())
+
+    def retire(self, step: InFlightStep) -> list[int]:
+        """Wait for a step; one token id for each of its rows with `sample`, in row order."""
+        if step.done is not None:
+            step.done.synchronize()
+        token_ids, finite = step.result.tolist()
+        if not all(finite) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the model's logits are not finite, so its tokens mean nothing: the weights are broken, "
+                "or %s overflows (try --dtype bfloat16 or float32)",
+                self.dtype_name,
+            )
+        return list(token_ids)
+
+
+def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:
+    """A step that computes (start, length) rows, all on the same pages; every row samples with all filters on."""
+    longest = max(start + length for start, length in rows)
+    sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=0)
+    request = Request(0, [0] * longest, longest, sampling, 1, frozenset(), [], pages=pages)
+    return StepPlan(0, [StepRow(request, start, length, True) for start, length in rows], decode_rows)
