@@ -131,7 +131,8 @@ class _HubProcess:
             # A Ctrl-C in the terminal is the launcher's to handle.
             start_new_session=True,
         )
-        threading.Thread(target=self._read, name=f"{job.hub}-answers", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name=f"{job.hub}-answers", daemon=True)
+        self._reader.start()
 
     @property
     def event(self) -> str:
@@ -145,7 +146,9 @@ class _HubProcess:
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._reader.join()
+        with self._process, self._stderr:
+            pass  # closes its pipes and waits for it
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -200,7 +203,7 @@ def _choose(
             hubs[hub].last = answer
         if source is None:
             report("resolving", 0, 0)
-            if any(hub.event == "starting" for hub in hubs.values()):
+            if any(process.event == "starting" for process in hubs.values()):
                 # A busy machine imports the clients slowly; that is not the network's fault.
                 started = time.monotonic()
             waited = time.monotonic() - started
@@ -208,7 +211,7 @@ def _choose(
             if source is not None and source.event == "found":
                 total = source.last["bytes"]
                 source.download()
-            elif source is None and (waited > patience or all(hub.event == "failed" for hub in hubs.values())):
+            elif source is None and (waited > patience or all(process.event == "failed" for process in hubs.values())):
                 raise _NoHubHasIt(_reasons(hubs, patience))
         elif source.event == "progress":
             report("downloading", min(source.last["done"], total), total)

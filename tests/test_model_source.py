@@ -106,7 +106,7 @@ def test_half_a_cached_model_is_completed(hubs: tuple[FakeHub, FakeHub]) -> None
     assert resolve(ServerConfig(model=NAME)).directory == dummy.directory
 
 
-@pytest.mark.parametrize("fault", ["absent", "down", "broken", "refused", "gated"])
+@pytest.mark.parametrize("fault", ["absent", "down", "broken", "gated"])
 def test_modelscope_steps_in(hubs: tuple[FakeHub, FakeHub], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hf, ms = hubs
     ms.repos[NAME] = tiny_repo()
@@ -115,8 +115,6 @@ def test_modelscope_steps_in(hubs: tuple[FakeHub, FakeHub], fault: str, monkeypa
             monkeypatch.setenv("HF_ENDPOINT", closed_port_url())
         case "broken":
             hf.status = 503
-        case "refused":
-            hf.status = 403
         case "gated":
             hf.repos[NAME] = tiny_repo()
             hf.gated.add(NAME)
