@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from minisgl.config import ConfigError
 from minisgl.messages import JsonObject
 from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError
+from minisgl.tokenizer_proc.time_limit import TimeLimitExceeded, time_limit
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer, named_tokens, read_chat_template
 
 
@@ -41,21 +42,34 @@ class PromptEncoder:
         chat_template: None when the model has none; chat messages are then refused.
         context_length: prompt and answer together, in tokens.
         vocab_size: token ids the model has embeddings for.
+        template_seconds: how long the chat template may run for one prompt (see time_limit); None is "as long as it
+            takes".
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, chat_template: ChatTemplate | None, context_length: int, vocab_size: int
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        context_length: int,
+        vocab_size: int,
+        template_seconds: float | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self.template_seconds = template_seconds
         # A token stands for at most as many characters as its own text has.
         self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
 
     @classmethod
     def from_directory(
-        cls, directory: str | Path, context_length: int, vocab_size: int, trust_remote_code: bool = False
+        cls,
+        directory: str | Path,
+        context_length: int,
+        vocab_size: int,
+        trust_remote_code: bool = False,
+        template_seconds: float | None = None,
     ) -> PromptEncoder:
         """Load the tokenizer and chat template files; raises ConfigError when they are missing or broken."""
         source = read_chat_template(directory)
@@ -63,7 +77,8 @@ class PromptEncoder:
             template = None if source is None else ChatTemplate(source, named_tokens(directory))
         except ChatTemplateError as error:
             raise ConfigError(f"the chat template in {directory} is not valid Jinja: {error}") from error
-        return cls(load_tokenizer(directory, trust_remote_code), template, context_length, vocab_size)
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+        return cls(tokenizer, template, context_length, vocab_size, template_seconds)
 
     def encode(self, prompt: str | list[int] | list[JsonObject], max_new_tokens: int | None) -> list[int]:
         """The prompt's token ids, at least one; raises PromptRefused.
@@ -130,8 +145,9 @@ class PromptEncoder:
         if self.chat_template is None:
             raise PromptRefused("no_chat_template", "this model has no chat template: send prompt instead of messages")
         try:
-            return self.chat_template.render(messages)
-        except ChatTemplateError as error:
+            with time_limit(self.template_seconds):
+                return self.chat_template.render(messages)
+        except (ChatTemplateError, TimeLimitExceeded) as error:
             raise PromptRefused("chat_template_error", f"the model's chat template failed: {error}") from error
 
     def _checked_ids(self, ids: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 
@@ -25,7 +26,6 @@ from minisgl.tokenizer_proc.dispatcher import Dispatcher
 from minisgl.tokenizer_proc.encode import PromptEncoder, PromptRefused, PromptText
 from minisgl.tokenizer_proc.router import make_router
 from minisgl.tokenizer_proc.slow_lane import SlowLane
-from minisgl.tokenizer_proc.time_limit import time_limit
 from minisgl.worker import MAX_IDLE_MS, Worker
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,13 @@ def main(worker: Worker) -> None:
     """Load the tokenizer, then serve until Shutdown."""
     inbox = worker.open_inbox(GenerateRequest, AbortRequest)
     worker.progress("loading the tokenizer")
-    model = worker.spec.model
+    # Texts are tokenized one by one, so the library's thread pool would only stand idle.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    model, trust_remote_code = worker.spec.model, worker.spec.config.trust_remote_code
     encoder = PromptEncoder.from_directory(
-        model.directory, model.context_length, model.vocab_size, worker.spec.config.trust_remote_code
+        model.directory, model.context_length, model.vocab_size, trust_remote_code, TEMPLATE_SECONDS
     )
-    with time_limit(TEMPLATE_SECONDS):
-        encoder.warm_up()
+    encoder.warm_up()
     service = TokenizerService(worker.spec, encoder)
     worker.ready({"chat_template": encoder.chat_template is not None})
     while True:
@@ -129,8 +130,7 @@ class TokenizerService:
             return
         self._counters["requests"] += 1
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                prompt = self._encoder.render(request.prompt)
+            prompt = self._encoder.render(request.prompt)
             if not isinstance(prompt, PromptText):
                 self._dispatch(request, prompt)
             elif len(prompt.text) > LONG_PROMPT_CHARS:

@@ -13,8 +13,14 @@ class TimeLimitExceeded(Exception):
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitExceeded inside the block after `seconds`. For the main thread of a process that owns SIGALRM."""
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise TimeLimitExceeded inside the block after `seconds` (None: never).
+
+    A limit works in the main thread only, and takes SIGALRM and the process's interval timer for itself meanwhile.
+    """
+    if seconds is None:
+        yield
+        return
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         raise TimeLimitExceeded(f"took more than {seconds:g} s")
