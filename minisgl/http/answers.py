@@ -67,6 +67,7 @@ class Stream(Flight):
     def timing(self) -> JsonObject:
         """The way to the first byte, hop by hop, and the rates of this request.
 
+        `stamps_ns` are the CLOCK_MONOTONIC readings between the hops, for clients on the same host.
         `tokens_per_second` counts from the arrival of the request, `decode_tokens_per_second` from its first text; the
         latter is null when all the text arrived at once.
         """
@@ -75,6 +76,7 @@ class Stream(Flight):
         decode_rate = (self.completion_tokens - self.first_tokens) / decode_seconds if decode_seconds else None
         return {
             "hops_us": hops_us(self.stamps),
+            "stamps_ns": self.stamps,
             "ttfb_us": total_us(self.stamps),
             "total_ms": round(seconds * 1e3, 3),
             "tokens_per_second": round(self.completion_tokens / seconds, 2),
@@ -88,7 +90,7 @@ class Renderer(Protocol):
     media_type: str
 
     def delta(self, text: str, token_ids: list[int]) -> str:
-        """A piece of the answer and the tokens that it took."""
+        """A piece of the answer and the tokens that it took; "" when this wire shows nothing of it."""
 
     def done(self, stream: Stream) -> str:
         """The end of a streamed answer."""
@@ -124,11 +126,12 @@ class EventStream:
         self._written = False
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
-        if not text:
+        piece = self._renderer.delta(text, token_ids)
+        if not piece:
             return
         if not stream.shown:
             self._open(stream)
-        stream.writer.write(self._renderer.delta(text, token_ids))
+        stream.writer.write(piece)
 
     def done(self, stream: Stream) -> None:
         if not stream.shown:

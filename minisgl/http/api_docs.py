@@ -49,6 +49,11 @@ _TIMING = _object(
             "microseconds of each hop from the request's arrival to the first byte of the answer; they sum to ttfb_us. "
             "Without streaming, `write` includes the generation of all tokens after the first.",
         ),
+        "stamps_ns": {
+            "type": "array",
+            "items": _INTEGER,
+            "description": "the server's CLOCK_MONOTONIC readings between the hops, for clients on the same host",
+        },
         "ttfb_us": _NUMBER,
         "total_ms": _NUMBER,
         "tokens_per_second": {**_NUMBER, "description": "answer tokens per second since the request arrived"},
@@ -64,15 +69,16 @@ _ENDING: JsonObject = {
     "usage": _USAGE,
     "timing": _TIMING,
 }
+_TOKEN_IDS = {"type": "array", "items": _INTEGER, "description": "streams name them with return_token_ids alone"}
 _LINE = {
     "oneOf": [
-        _object({"text_delta": _STRING}, "a piece of the answer"),
+        _object({"text_delta": _STRING, "token_ids": _TOKEN_IDS}, "a piece of the answer", optional=("token_ids",)),
         _object({"event": {"const": "done"}, **_ENDING}, "the end", optional=("matched",)),
         _object({"event": {"const": "error"}, "code": _STRING, "message": _STRING}, "the end, after a failure"),
     ]
 }
 _WHOLE = _object(
-    {"text": _STRING, "token_ids": {"type": "array", "items": _INTEGER}, **_ENDING},
+    {"text": _STRING, "token_ids": _TOKEN_IDS, **_ENDING},
     "with stream=false",
     optional=("matched",),
 )

@@ -83,7 +83,8 @@ async def _generate(service: Service, request: Request) -> Response:
         service.streams.check_admission()
         generation = native.parse(raw, service.spec.model)
         sse = "text/event-stream" in request.headers.get("accept", "")
-        renderer: Renderer = native.ServerSentEvents() if sse else native.JsonLines()
+        wire = native.ServerSentEvents if sse else native.JsonLines
+        renderer: Renderer = wire(generation.return_token_ids)
         sink: Sink = EventStream(renderer) if generation.stream else WholeAnswer(renderer)
         writer = ResponseWriter(ingress, config.narrate)
         stream = Stream(call=call, writer=writer, sink=sink, prompt=generation.prompt, sampling=generation.sampling)

@@ -51,6 +51,9 @@ PROMPT_FIELDS = {
     "stream": field(
         BOOLEAN, default=True, description="send the text as it is generated; false sends one JSON object at the end"
     ),
+    "return_token_ids": field(
+        BOOLEAN, default=False, description="also name the token ids of each streamed piece of text"
+    ),
 }
 SAMPLING_FIELDS = {
     "max_new_tokens": field(
@@ -129,14 +132,15 @@ class Generation:
     prompt: Prompt
     sampling: SamplingParams
     stream: bool
+    return_token_ids: bool
 
 
 def parse(raw: bytes, model: ModelSpec) -> Generation:
     """Validate a request body; raises ApiError with a sentence that says what to change."""
     values = read_fields(parse_object(raw), FIELDS)
     prompt = _prompt(values.pop("prompt"), values.pop("messages"), model)
-    stream = values.pop("stream")
-    return Generation(prompt, _sampling(values, model), stream)
+    stream, return_token_ids = values.pop("stream"), values.pop("return_token_ids")
+    return Generation(prompt, _sampling(values, model), stream, return_token_ids)
 
 
 def _prompt(prompt: str | list[int] | None, messages: list[JsonObject] | None, model: ModelSpec) -> Prompt:
@@ -173,8 +177,12 @@ class JsonLines:
 
     media_type = "application/x-ndjson"
 
+    def __init__(self, name_token_ids: bool = False) -> None:
+        self._name_token_ids = name_token_ids
+
     def delta(self, text: str, token_ids: list[int]) -> str:
-        return '{"text_delta":' + json_string(text) + "}\n"
+        piece = self._piece(text, token_ids)
+        return piece and piece + "\n"
 
     def done(self, stream: Stream) -> str:
         return to_json(_done(stream)) + "\n"
@@ -187,6 +195,11 @@ class JsonLines:
         del ending["event"]
         return to_json({"text": text, "token_ids": token_ids, **ending})
 
+    def _piece(self, text: str, token_ids: list[int]) -> str:
+        if self._name_token_ids and (text or token_ids):
+            return '{"text_delta":' + json_string(text) + f',"token_ids":{token_ids}}}'
+        return '{"text_delta":' + json_string(text) + "}" if text else ""
+
 
 class ServerSentEvents(JsonLines):
     """text/event-stream: the same objects as frames, closed by `data: [DONE]`."""
@@ -194,7 +207,8 @@ class ServerSentEvents(JsonLines):
     media_type = "text/event-stream"
 
     def delta(self, text: str, token_ids: list[int]) -> str:
-        return 'data: {"text_delta":' + json_string(text) + "}\n\n"
+        piece = self._piece(text, token_ids)
+        return piece and f"data: {piece}\n\n"
 
     def done(self, stream: Stream) -> str:
         return f"data: {to_json(_done(stream))}\n\ndata: [DONE]\n\n"
