@@ -128,7 +128,8 @@ def test_nobody_listens() -> None:
     url = closed_port_url()
     done = minisgl("generate", "Hello", "--url", url)
     assert done.returncode == 1
-    assert done.stderr == f"minisgl: no answer from {url} ([Errno 111] Connection refused): is the server running?\n"
+    refused = r"minisgl: no answer from \S+ \(\[Errno \d+\] Connection refused\): is the server running\?\n"
+    assert re.fullmatch(refused, done.stderr)
 
 
 def test_a_reader_that_leaves_ends_it_quietly(fake: FakeServer) -> None:
