@@ -59,7 +59,7 @@ class PromptEncoder:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.template_seconds = template_seconds
-        # A token stands for at most as many characters as its own text has.
+        # A token stands for at most as many characters as its own text has; texts beyond that are not even tokenized.
         self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
 
     @classmethod
@@ -88,7 +88,7 @@ class PromptEncoder:
         """
         rendered = self.render(prompt)
         ids = self.tokenize(rendered) if isinstance(rendered, PromptText) else rendered
-        self.check_length(len(ids), max_new_tokens)
+        self.check(ids, max_new_tokens)
         return ids
 
     def render(self, prompt: str | list[int] | list[JsonObject]) -> PromptText | list[int]:
@@ -98,7 +98,7 @@ class PromptEncoder:
         else:
             token_ids = [item for item in prompt if isinstance(item, int)]
             if len(token_ids) == len(prompt):
-                return self._checked_ids(token_ids)
+                return token_ids
             rendered = PromptText(self._render_chat([item for item in prompt if isinstance(item, dict)]), False)
         if len(rendered.text) > self.max_characters:
             raise PromptRefused(
@@ -111,15 +111,21 @@ class PromptEncoder:
     def tokenize(self, prompt: PromptText) -> list[int]:
         """The token ids of a text. Other threads run meanwhile."""
         # The batch call releases the interpreter lock and leaves out the character offsets that `encode` computes.
-        ids: list[int] = self.tokenizer.encode_batch_fast([prompt.text], add_special_tokens=prompt.add_special_tokens)[
-            0
-        ].ids
+        encodings = self.tokenizer.encode_batch_fast([prompt.text], add_special_tokens=prompt.add_special_tokens)
+        ids: list[int] = encodings[0].ids
         return ids
 
-    def check_length(self, prompt_tokens: int, max_new_tokens: int | None) -> None:
-        """Raise PromptRefused unless the prompt has tokens and leaves room for the answer."""
+    def check(self, ids: list[int], max_new_tokens: int | None) -> None:
+        """Raise PromptRefused unless there are tokens, the model knows them all, and there is room for the answer."""
+        prompt_tokens = len(ids)
         if prompt_tokens == 0:
             raise PromptRefused("empty_prompt", "the prompt is empty: give at least one token")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise PromptRefused(
+                "invalid_token_id",
+                f"this model has token ids 0 to {self.vocab_size - 1}, and the prompt contains "
+                f"{min(ids) if min(ids) < 0 else max(ids)}",
+            )
         if prompt_tokens >= self.context_length:
             raise PromptRefused(
                 "prompt_too_long",
@@ -149,10 +155,3 @@ class PromptEncoder:
                 return self.chat_template.render(messages)
         except (ChatTemplateError, TimeLimitExceeded) as error:
             raise PromptRefused("chat_template_error", f"the model's chat template failed: {error}") from error
-
-    def _checked_ids(self, ids: list[int]) -> list[int]:
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise PromptRefused(
-                "invalid_token_id", f"token ids of this model are 0 to {self.vocab_size - 1}: the prompt has others"
-            )
-        return ids

@@ -30,9 +30,9 @@ from minisgl.worker import MAX_IDLE_MS, Worker
 
 logger = logging.getLogger(__name__)
 
-LONG_PROMPT_CHARS = 32_768
-"""Texts above this (some 10 ms of work) go to the slow lane."""
-SLOW_LANE_POLL_MS = 5
+LONG_PROMPT_CHARS = 16_384
+"""Texts above this (some 5 ms of work) go to the slow lane."""
+SLOW_LANE_POLL_MS = 1
 TEMPLATE_SECONDS = 2.0
 """How long the chat template may take for one request."""
 
@@ -98,8 +98,9 @@ class TokenizerService:
             self._dispatcher.up(message)
         elif type(message) is WorkerDown:
             self._dispatcher.down(message)
-            if self._http.down(message.worker, message.epoch) is not None:
-                self._forget_requests_of(self._http.names.index(message.worker), message.epoch)
+            http_index = self._http.down(message.worker, message.epoch)
+            if http_index is not None:
+                self._forget_requests_of(http_index, message.epoch)
 
     def finish_round(self) -> None:
         """Dispatch what the slow lane has done, and tell http which replica got which request."""
@@ -142,7 +143,7 @@ class TokenizerService:
 
     def _dispatch(self, request: GenerateRequest, input_ids: list[int]) -> None:
         try:
-            self._encoder.check_length(len(input_ids), request.sampling.max_new_tokens)
+            self._encoder.check(input_ids, request.sampling.max_new_tokens)
         except PromptRefused as refusal:
             self._answer_error(request.rid, refusal)
             return

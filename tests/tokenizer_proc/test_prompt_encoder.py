@@ -96,9 +96,15 @@ def refusal(encoder: PromptEncoder, prompt: Any, max_new_tokens: int | None = No
 
 def test_ids_pass_through_and_are_checked(demo: PromptEncoder) -> None:
     assert demo.encode([0, 2559, 7], 10) == [0, 2559, 7]
-    for bad in ([2560], [3, -1]):
+    for bad in ([3, 2560], [3, -1]):
         assert refusal(demo, bad).code == "invalid_token_id"
         assert "0 to 2559" in str(refusal(demo, bad))
+        assert str(bad[1]) in str(refusal(demo, bad))
+
+
+def test_a_token_beyond_the_model_s_embeddings_never_reaches_the_model() -> None:
+    encoder = PromptEncoder.from_directory(demo_model_dir(), 100, vocab_size=300)
+    assert refusal(encoder, "the quick brown fox").code == "invalid_token_id"
 
 
 def test_lengths_are_checked_with_the_numbers(demo: PromptEncoder) -> None:
