@@ -242,9 +242,9 @@ class Supervisor:
         details = last_words.details if last_words else ""
         if not self._serving:
             self._fail(_start_failure(worker.name, cause, exit), details)
-        elif state is State.RESTARTING and last_words:
+        elif state is State.RESTARTING and last_words and not self._can_do_without(worker):
             self._fail(f"{worker.name} could not be restarted: {cause}", details)
-        elif worker.recent_deaths() >= MAX_DEATHS:
+        elif worker.recent_deaths() >= MAX_DEATHS and not self._can_do_without(worker):
             deaths = f"{MAX_DEATHS} times within {DEATH_WINDOW_SECONDS:.0f} s"
             self._fail(f"{worker.name} died {deaths}, the last time because: {cause}", details)
         else:
@@ -252,6 +252,11 @@ class Supervisor:
                 logger.error("%s", details.rstrip())
             self._send_health()
             self._restart_when_due(worker, time.monotonic())
+
+    def _can_do_without(self, worker: WorkerRecord) -> bool:
+        """Whether another replica serves, which must not end because this one cannot live."""
+        others = (other for other in self._workers.values() if other is not worker and other.kind == "scheduler")
+        return worker.kind == "scheduler" and any(other.state is State.READY for other in others)
 
     def _restart_when_due(self, worker: WorkerRecord, now: float) -> None:
         if worker.state is State.DEAD and now >= worker.restart_at():

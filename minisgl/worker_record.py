@@ -100,9 +100,9 @@ class WorkerRecord:
         return sum(died > self.deaths[-1] - DEATH_WINDOW_SECONDS for died in self.deaths)
 
     def restart_at(self) -> float:
-        """When a dead worker is due again: at once, then after 0.5, 1, 2, ... seconds."""
+        """When a dead worker is due again: at once, then after 0.5, 1, 2, ... 32 seconds."""
         repeats = self.recent_deaths() - 1
-        return self.deaths[-1] + (0.5 * 2 ** (repeats - 1) if repeats else 0.0)
+        return self.deaths[-1] + (0.5 * 2 ** min(repeats - 1, 6) if repeats else 0.0)
 
     def silence(self, now: float, watched_since: float) -> float:
         """Seconds without a heartbeat, of those in which the supervisor itself was awake to hear one."""

@@ -232,6 +232,21 @@ def test_a_restart_that_cannot_load_ends_the_launch(tmp_path: Path) -> None:
     run(scenario)
 
 
+def test_a_replica_that_cannot_be_restarted_does_not_end_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, replicas=2) as running:
+            await running.serve()
+            running.order("scheduler-1.raise", "the GPU is gone")
+            pid = running.pid("scheduler-0")
+            os.kill(running.pid("scheduler-1"), signal.SIGKILL)
+            await until(lambda: "RuntimeError: the GPU is gone" in " ".join(running.problems()))
+            (tmp_path / "scheduler-1.raise").unlink()
+            await until(lambda: not running.problems())
+            assert running.pid("scheduler-0") == pid
+
+    run(scenario)
+
+
 def test_a_stopped_process_is_reported_within_a_second_then_replaced(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stack(tmp_path, hang_timeout=2.0) as running:
