@@ -19,7 +19,8 @@ import enum
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
+from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
 import msgpack
@@ -144,8 +145,11 @@ def _same_length(*columns: Sequence[Any]) -> None:
         raise MalformedMessage("columns differ in length")
 
 
+_sampling_fields = attrgetter(*(spec.name for spec in fields(SamplingParams)))
+
+
 def _pack_sampling(params: SamplingParams) -> list[Any]:
-    return list(astuple(params))
+    return list(_sampling_fields(params))
 
 
 def _unpack_sampling(value: Any) -> SamplingParams:
