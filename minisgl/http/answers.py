@@ -159,6 +159,8 @@ class EventStream:
 
     def _open(self, stream: Stream) -> None:
         stream.shown = True
+        # It will not be sent again, so there is no need to keep it.
+        stream.prompt = ""
         headers = {
             "cache-control": "no-cache",
             "x-accel-buffering": "no",

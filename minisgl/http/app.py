@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,12 +30,13 @@ BODY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes work with."""
+    """What the routes work with. `uploads` are the requests whose bodies are still arriving."""
 
     spec: WorkerSpec
     streams: Streams
     accounts: Accounts
     health: HealthView
+    uploads: set[Ingress] = field(default_factory=set)
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -79,7 +80,7 @@ async def _generate(service: Service, request: Request) -> Response:
     ingress = ingress_of(request.scope)
     call = Call(service.accounts, ingress.request_id, ingress.received_ns)
     try:
-        raw = await _read_body(request, ingress, config.max_body_bytes)
+        raw = await _read_body(service, request, ingress)
         service.streams.check_admission()
         generation = native.parse(raw, service.spec.model)
         sse = "text/event-stream" in request.headers.get("accept", "")
@@ -100,8 +101,9 @@ async def _generate(service: Service, request: Request) -> Response:
         raise
 
 
-async def _read_body(request: Request, ingress: Ingress, limit: int) -> bytes:
-    """The request's body; raises ApiError 413 as soon as it is known to exceed `limit` bytes."""
+async def _read_body(service: Service, request: Request, ingress: Ingress) -> bytes:
+    """The request's body; raises ApiError 413 as soon as it is known to be too large."""
+    limit = service.spec.config.max_body_bytes
     too_large = ApiError(413, "body_too_large", f"the request body must not exceed {limit} bytes")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
@@ -109,6 +111,7 @@ async def _read_body(request: Request, ingress: Ingress, limit: int) -> bytes:
         raise ApiError(415, "encoded_body", "send the request body uncompressed, without Content-Encoding")
     body = bytearray()
     deadline = asyncio.get_running_loop().call_later(BODY_SECONDS, ingress.abort_connection)
+    service.uploads.add(ingress)
     try:
         async for chunk in request.stream():
             body += chunk
@@ -116,6 +119,7 @@ async def _read_body(request: Request, ingress: Ingress, limit: int) -> bytes:
                 raise too_large
     finally:
         deadline.cancel()
+        service.uploads.discard(ingress)
     return bytes(body)
 
 

@@ -46,9 +46,9 @@ class HttpProcess:
         self._streams = Streams(worker.spec)
         self._health = HealthView()
         self._crash: Exception | None = None
-        app = create_app(Service(worker.spec, self._streams, self._accounts, self._health))
+        self._service = Service(worker.spec, self._streams, self._accounts, self._health)
         config = uvicorn.Config(
-            app,
+            create_app(self._service),
             http=BoundedHttpProtocol,
             ws="none",
             lifespan="off",
@@ -119,6 +119,8 @@ class HttpProcess:
     def _stop(self, state: str, error: ApiError) -> None:
         self._streams.draining = state
         self._streams.fail_all(error)
+        for upload in self._service.uploads:
+            upload.abort_connection()
         self._server.should_exit = True
 
 

@@ -185,15 +185,13 @@ class JsonLines:
         return piece and piece + "\n"
 
     def done(self, stream: Stream) -> str:
-        return to_json(_done(stream)) + "\n"
+        return to_json({"event": "done", **_ending(stream)}) + "\n"
 
     def error(self, error: ApiError) -> str:
         return to_json(_error(error)) + "\n"
 
     def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
-        ending = _done(stream)
-        del ending["event"]
-        return to_json({"text": text, "token_ids": token_ids, **ending})
+        return to_json({"text": text, "token_ids": token_ids, **_ending(stream)})
 
     def _piece(self, text: str, token_ids: list[int]) -> str:
         if self._name_token_ids and (text or token_ids):
@@ -211,17 +209,17 @@ class ServerSentEvents(JsonLines):
         return piece and f"data: {piece}\n\n"
 
     def done(self, stream: Stream) -> str:
-        return f"data: {to_json(_done(stream))}\n\ndata: [DONE]\n\n"
+        done = to_json({"event": "done", **_ending(stream)})
+        return f"data: {done}\n\ndata: [DONE]\n\n"
 
     def error(self, error: ApiError) -> str:
         return f"data: {to_json(_error(error))}\n\ndata: [DONE]\n\n"
 
 
-def _done(stream: Stream) -> JsonObject:
-    done: JsonObject = {"event": "done", "finish_reason": stream.finish.name.lower()}
-    if stream.matched is not None:
-        done["matched"] = stream.matched
-    return {**done, "usage": stream.usage(), "timing": stream.timing()}
+def _ending(stream: Stream) -> JsonObject:
+    matched = {} if stream.matched is None else {"matched": stream.matched}
+    finish_reason = stream.finish.name.lower()
+    return {"finish_reason": finish_reason, **matched, "usage": stream.usage(), "timing": stream.timing()}
 
 
 def _error(error: ApiError) -> JsonObject:

@@ -60,7 +60,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Ingress:
     """How a request came in.
 

@@ -57,6 +57,13 @@ class Streams:
         self._narrate = spec.config.narrate
         self._tokenizers = Peers("tokenizer", spec.config.tokenizer_workers)
         self._lives = WorkerLives()
+        config = spec.config
+        counts = {
+            "tokenizer": config.tokenizer_workers,
+            "detokenizer": config.detokenizer_workers,
+            "scheduler": spec.replicas,
+        }
+        self._workers = {f"{kind}-{index}": (kind, index) for kind, count in counts.items() for index in range(count)}
         self._counter = itertools.count(1)
         self._table: dict[int, Stream] = {}
         self._dirty: dict[Stream, None] = {}
@@ -142,17 +149,17 @@ class Streams:
         self._tokenizers.up(message)
 
     def worker_down(self, message: WorkerDown) -> None:
-        if not self._lives.down(message.worker, message.epoch):
+        if message.worker not in self._workers or not self._lives.down(message.worker, message.epoch):
             return
         self._tokenizers.down(message.worker, message.epoch)
-        kind, _, index = message.worker.rpartition("-")
+        kind, index = self._workers[message.worker]
         config = self._spec.config
         for stream in list(self._table.values()):
-            if kind == "scheduler" and stream.replica == (int(index), message.epoch):
+            if kind == "scheduler" and stream.replica == (index, message.epoch):
                 self._apply(recovery.scheduler_died(stream), stream, message.worker)
-            elif kind == "tokenizer" and stream.rid % config.tokenizer_workers == int(index):
+            elif kind == "tokenizer" and stream.rid % config.tokenizer_workers == index:
                 self._apply(recovery.tokenizer_died(stream), stream, message.worker)
-            elif kind == "detokenizer" and stream.rid % config.detokenizer_workers == int(index):
+            elif kind == "detokenizer" and stream.rid % config.detokenizer_workers == index:
                 self._apply(recovery.detokenizer_died(stream), stream, message.worker)
 
     def fail_all(self, error: ApiError) -> None:

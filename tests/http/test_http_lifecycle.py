@@ -12,18 +12,28 @@ import pytest
 import zmq
 from http_rig import Rig, lines, running
 
-from minisgl.http.accounting import OUTCOMES
+from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
+from minisgl.http.accounting import OUTCOMES, Accounts, Call
+from minisgl.http.answers import EventStream, Stream
 from minisgl.http.health import HealthView
+from minisgl.http.native import JsonLines
+from minisgl.http.protocol import Ingress
+from minisgl.http.streaming import STALL_SECONDS, Streams
+from minisgl.http.writer import ResponseWriter
 from minisgl.messages import (
     AbortRequest,
     Drain,
+    Failed,
     FinishReason,
     GenerateRequest,
     Health,
     RequestError,
     TokenizedRequest,
+    WorkerUp,
     encode,
 )
+from minisgl.sampling_params import SamplingParams
+from minisgl.timeline import now
 
 
 def test_health_tells_what_the_supervisor_says_and_when_it_is_silent() -> None:
@@ -117,7 +127,8 @@ def test_shutdown_ends_every_request_with_an_error() -> None:
     rig.stats(in_flight=4)
     began = time.monotonic()
     assert rig.stop() == 0
-    assert time.monotonic() - began < 5
+    # Nobody waits for the rest of the upload.
+    assert time.monotonic() - began < 4
     (error,) = lines(response)
     assert (error["event"], error["code"]) == ("error", "shutting_down")
     for connection in (fresh, whole):
@@ -125,6 +136,40 @@ def test_shutdown_ends_every_request_with_an_error() -> None:
         assert refused.status == 503
         assert json.loads(refused.read())["error"]["code"] == "shutting_down"
     uploading.close()
+
+
+def test_a_failing_dispatcher_leaves_no_hole_in_a_stream() -> None:
+    rig = Rig()
+    connection, request = rig.ask({"prompt": "Hi"})
+    rig.delta(request, "a", opens=True)
+    response = connection.getresponse()
+    response.readline()
+    rig.ring.send(WorkerUp("tokenizer-0", 99, "no://address"))
+    rig.delta(request, "never to be shown")
+    (error,) = lines(response)
+    assert (error["event"], error["code"]) == ("error", "internal_error")
+    assert "ZMQError" in rig.from_worker(Failed).cause
+    assert rig.stop() == 1
+
+
+def test_a_client_that_stalls_for_long_is_given_up() -> None:
+    spec = WorkerSpec("http-0", "http", 0, 1, "", "", 1, ServerConfig(), ModelSpec("", "", "", 1, 1, (), ""))
+    streams, dropped = Streams(spec), []
+
+    async def never_sent(message: object) -> None:
+        raise AssertionError(message)
+
+    writers = []
+    for name, parked_for in (("fast", 0), ("slow", STALL_SECONDS - 1), ("stalled", STALL_SECONDS + 1)):
+        writer = ResponseWriter(Ingress(0, name, never_sent, lambda name=name: dropped.append(name)))
+        call = Call(Accounts(), name, now())
+        sink = EventStream(JsonLines())
+        streams.submit(Stream(call=call, writer=writer, sink=sink, prompt="", sampling=SamplingParams()))
+        writer.parked_since_ns = parked_for and now() - parked_for * 10**9
+        writers.append(writer)
+    streams.drop_stalled()
+    assert dropped == ["stalled"]
+    assert "did not read" in writers[2].dropped
 
 
 def test_garbage_in_the_inbox_is_dropped_and_counted() -> None:
