@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 READY_LINE = "The server is fired up and ready to roll!"
 """The last line of a start; scripts wait for it."""
 
+DOWNLOADING = "downloading"
+"""The stage whose units are bytes."""
+
 
 class LaunchView(Protocol):
     """Shows how far each worker's start is."""
@@ -57,6 +60,7 @@ class TerminalView:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, str] = {}
         self._closed = False
         self._bars.start()
 
@@ -65,7 +69,11 @@ class TerminalView:
             return
         if who not in self._tasks:
             self._tasks[who] = self._bars.add_task(stage, who=who, total=None)
-        self._bars.update(self._tasks[who], description=stage, completed=done, total=total or None)
+        if self._stages.get(who) != stage:
+            self._stages[who] = stage
+            self._bars.reset(self._tasks[who])
+        amount = f" ({done / 1e6:.0f} of {total / 1e6:.0f} MB)" if stage == DOWNLOADING else ""
+        self._bars.update(self._tasks[who], description=stage + amount, completed=done, total=total or None)
 
     def close(self) -> None:
         self._closed = True

@@ -92,7 +92,7 @@ async def _serve(
     try:
         if not await supervisor.wait_all_ready():
             return 0
-        view.progress("server", "warming up", 0, 0)
+        view.close()
         address, port = _client_address(config)
         stopped = asyncio.ensure_future(supervisor.wait_stopped())
         # Requests go round the replicas, so this many warm each of them.
@@ -108,7 +108,6 @@ async def _serve(
                 raise LaunchFailed(f"the first request got no answer within {config.startup_timeout:g} s")
         await warm_up
         supervisor.serving()
-        view.close()
         seconds = time.monotonic() - started
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         announce(url, ready_notice(model, url, supervisor.info_of("scheduler-0"), replicas, seconds))
