@@ -18,7 +18,7 @@ from pathlib import Path
 from benchlib import bandwidth, options
 from benchlib.campaign import Campaign, Plan
 from benchlib.load import LoadGenerator
-from benchlib.progress import console, say
+from benchlib.progress import output, say
 from benchlib.report import Report, glance_table, machine_facts, merge
 from benchlib.results import Level
 from benchlib.servers import SYSTEMS, TITLES, missing_reason
@@ -70,7 +70,7 @@ def finish(report: Report, arguments: argparse.Namespace) -> int:
         plot_report(report, arguments.out / f"{arguments.name}.png")
     for workload in dict.fromkeys(cell.workload for cell in report.cells):
         table = glance_table([cell for cell in report.cells if cell.workload == workload])
-        console.print(Markdown("\n".join([f"**{workload}**", "", *table])))
+        output.print(Markdown("\n".join([f"**{workload}**", "", *table])))
     say(f"wrote {arguments.out / arguments.name}.md, .json and .png")
     if report.refused:
         say("REFUSED: this run is not a result; the report says why")
@@ -142,9 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_server_options(servers)
     servers.add_argument("--sglang-site", type=Path, help="folder with sglang's packages, for its process alone")
 
-    output = parser.add_argument_group("output")
-    options.add_output_options(output, "server")
-    output.add_argument("--records", action="store_true", help="also write every request as a JSON line")
+    files = parser.add_argument_group("output")
+    options.add_output_options(files, "server")
+    files.add_argument("--records", action="store_true", help="also write every request as a JSON line")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""The anatomy of the time to first byte: how long each hop of a request takes, from the client's connect to its first byte.
+"""The anatomy of the time to first byte: how long each hop of a request takes, from connect to first byte.
 
-    python bench/ttfb.py                                   starts minisgl with the demo model
-    python bench/ttfb.py --url http://127.0.0.1:30000      a server on this host that runs already
+    python bench/ttfb.py                                          starts minisgl with the demo model
+    python bench/ttfb.py --minisgl-url http://127.0.0.1:30000     a server on this host that runs already
     python bench/ttfb.py --concurrency 8 --requests 200 --perfetto trace.json --plot ttfb.png
 
-Prints a waterfall. Exits with 1 when a request failed, or when the hops of any request do not add up to the client's own
-time to first byte within 2 %.
+Prints a waterfall. Exits with 1 when a request failed, or when the hops of any request do not add up to the client's
+own time to first byte within 2 %.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from benchlib.anatomy import (
     spoiled,
     summarize_hops,
 )
-from benchlib.client import Target
 from benchlib.load import Load, LoadGenerator, RequestRecord
 from benchlib.progress import output, progress_bar, say
 from benchlib.servers import Server
@@ -68,7 +67,6 @@ def main() -> int:
             arrivals,
             arguments.request_timeout,
             fresh_connections=not arguments.keep_alive,
-            extra={"trace": True} if arguments.perfetto else {},
         )
         generator.run(Load(target, warm_up, len(warm_up)))
         with progress_bar() as bar:
@@ -140,7 +138,7 @@ def bar_of(hop: HopSummary, offset_us: float, total_us: float) -> Text:
 
 def verdict(worst: float, missed: int) -> str:
     if missed:
-        return f"WRONG: the hops of {missed} requests miss the client's TTFB by more than {TOLERANCE:.0%} (worst {worst:.1%})"
+        return f"WRONG: {missed} requests' hops miss the client's TTFB by more than {TOLERANCE:.0%} (worst {worst:.1%})"
     return f"every request's hops add up to the client's own TTFB (worst deviation {worst:.2%})"
 
 
@@ -158,11 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=0)
     servers = parser.add_argument_group("server")
     options.add_server_options(servers, ("minisgl",))
-    output_group = parser.add_argument_group("output")
-    output_group.add_argument("--perfetto", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev")
-    output_group.add_argument("--plot", type=Path, metavar="FILE", help="write the waterfall as a picture")
-    output_group.add_argument("--json", type=Path, metavar="FILE", help="write every request's hops")
-    output_group.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the server's log")
+    files = parser.add_argument_group("output")
+    files.add_argument("--perfetto", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev")
+    files.add_argument("--plot", type=Path, metavar="FILE", help="write the waterfall as a picture")
+    files.add_argument("--json", type=Path, metavar="FILE", help="write every request's hops")
+    files.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the server's log")
     return parser
 
 

@@ -250,7 +250,7 @@ def _record(asked: _Asked) -> RequestRecord:
     exchange, answer = asked.exchange, asked.answer
     assert answer is not None
     if asked.problem:
-        return RequestRecord(exchange.started_ns, exchange.finished_ns, asked.problem, asked.late_ms)
+        return RequestRecord(exchange.started_ns, exchange.finished_ns, asked.problem, late_ms=asked.late_ms)
     start = exchange.started_ns
     return RequestRecord(
         started_ns=start,

@@ -10,8 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchlib.anatomy import Anatomy, summarize_hops
 from benchlib.report import Report, number
 from benchlib.results import Cell
 from benchlib.servers import SYSTEMS, TITLES
@@ -38,6 +40,43 @@ def plot_report(report: Report, path: Path) -> None:
     figure.suptitle(f"{report.model['name']}, {report.model['dtype']}, {device}, {report.when[:10]}", fontsize=12)
     figure.text(0.995, 0.005, "solid: median, dotted: p99", ha="right", fontsize=8, color="#555555")
     figure.tight_layout(rect=(0, 0.015, 1, 0.99))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PROCESS_COLORS = {
+    "client": "#8d99ae",
+    "http": "#00798c",
+    "pipe": "#d5d8dc",
+    "tokenizer": "#5fad56",
+    "scheduler": "#d1495b",
+    "detokenizer": "#edae49",
+}
+
+
+def plot_anatomy(anatomies: Sequence[Anatomy], path: Path, title: str) -> None:
+    """Write a PNG of the waterfall: each hop begins where the one before it ends; whiskers reach to its p99."""
+    hops = summarize_hops(anatomies)
+    figure, axes = plt.subplots(figsize=(10, 5))
+    offset = 0.0
+    for row, hop in enumerate(hops):
+        color = PROCESS_COLORS[hop.process]
+        axes.barh(row, hop.mean_us, left=offset, color=color, edgecolor="#555555", linewidth=0.5, height=0.7)
+        tail = offset + max(hop.mean_us, hop.p99_us)
+        axes.plot([offset + hop.mean_us, tail], [row, row], color="#555555", linewidth=0.8)
+        label = f"{hop.mean_us:,.0f} us (p50 {hop.p50_us:,.0f}, p99 {hop.p99_us:,.0f})"
+        axes.annotate(label, (tail, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        offset += hop.mean_us
+    axes.set_yticks(range(len(hops)), [hop.name for hop in hops])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(offset * 1.45, axes.get_xlim()[1] * 1.25))
+    axes.axvline(offset, color="#333333", linestyle=":", linewidth=1)
+    axes.set_xlabel(f"microseconds since the client began to connect; mean time to first byte {offset:,.0f} us")
+    axes.set_title(title, fontsize=11)
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in PROCESS_COLORS.values()]
+    axes.legend(handles, PROCESS_COLORS, loc="upper right", fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

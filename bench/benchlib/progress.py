@@ -1,4 +1,4 @@
-"""What the scripts show on the terminal while they work; all of it goes to standard error."""
+"""What the scripts show: progress and remarks on standard error, tables on standard output."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 _terminal = sys.stderr.isatty()
 console = Console(stderr=True, highlight=False, width=None if _terminal else 160)
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def progress_bar() -> Progress:

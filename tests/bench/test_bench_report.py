@@ -14,6 +14,7 @@ from benchlib.results import Level, Run, agreement, cell_of
 from benchlib.workloads import Lengths, Workload
 
 WORKLOAD = Workload("random", Lengths("16"), Lengths("11"))
+ONE = Level(concurrency=1)
 COST = DecodeCost(weight_bytes=1_000_000, kv_bytes_per_token=100)
 
 
@@ -36,7 +37,7 @@ def record(number=0, ttft=10.0, gap=5.0, tokens=11, **changes):
     return replace(good, **changes)
 
 
-def run(records, system="minisgl", level=Level(1), planned=None, busy=0.1, death=""):
+def run(records, system="minisgl", level=ONE, planned=None, busy=0.1, death=""):
     return Run(system, WORKLOAD, level, planned or len(records), LoadResult(records, busy), death)
 
 
