@@ -66,7 +66,11 @@ class WorkerProcess:
         self.process.start()
         life_line.close()
         self._outbox = Outbox(spec.inbox_address)
-        self.ready = self._until(Ready, lambda message: True)
+        try:
+            self.ready = self._until(Ready, lambda message: True)
+        except AssertionError:
+            self.process.kill()
+            raise
 
     def __enter__(self) -> WorkerProcess:
         return self

@@ -194,16 +194,16 @@ class WindowText:
         return self._give_out(context=len(text[-1:].encode()) if whole else 1)
 
     def _give_out(self, context: int) -> str:
-        """Everything the window adds to its context; its last `context` tokens become the new context."""
-        text = self._decode(self._window, skip_special_tokens=False)
-        new_text = text[self._context_chars :]
-        self._held = 0
+        """Everything the window adds to its context; its last `context` tokens, or more, become the new context."""
+        new_text = self._decode(self._window, skip_special_tokens=False)[self._context_chars :]
         context_text = self._decode(self._window[-context:], skip_special_tokens=False)
-        if context_text:
-            # Without text the decoder may still be waiting to strip a leading space, so the window keeps growing.
-            self._window = self._window[-context:]
-            text = context_text
-        self._context_chars = len(text)
+        # A context without text, such as one space, would leave the decoder waiting to strip a leading space.
+        while not context_text and context < len(self._window):
+            context += 1
+            context_text = self._decode(self._window[-context:], skip_special_tokens=False)
+        self._window = self._window[-context:]
+        self._context_chars = len(context_text)
+        self._held = 0
         return new_text
 
     def flush(self) -> str:

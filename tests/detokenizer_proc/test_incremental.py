@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import pytest
 import sample_tokenizers
@@ -41,11 +42,11 @@ def tokenizer_of(kind: str) -> Tokenizer:
 def pieces(kind: str, token_ids: list[int], cuts: list[int], skip_special_tokens: bool = True) -> list[str]:
     """The text after each batch, the batches' sizes being `cuts` (then single tokens), and the tail."""
     text = texts_of(kind).open(skip_special_tokens)
-    rest, sizes, result = token_ids, iter(cuts), []
-    while rest:
+    sizes, result, done = iter(cuts), [], 0
+    while done < len(token_ids):
         size = next(sizes, 1)
-        result.append(text.push(rest[:size]))
-        rest = rest[size:]
+        result.append(text.push(token_ids[done : done + size]))
+        done += size
     return [*result, text.flush()]
 
 
@@ -85,7 +86,7 @@ def test_equals_transformers_on_the_demo_model(token_ids: list[int], skip: bool)
 
 
 @functools.cache
-def transformers_tokenizer() -> AutoTokenizer:
+def transformers_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(demo_model_dir())
 
 
@@ -142,6 +143,26 @@ def test_a_long_run_of_byte_tokens_streams_and_is_linear(kind: str) -> None:
     first_shown = next(index for index, piece in enumerate(shown) if piece)
     assert first_shown <= MAX_BYTE_RUN + 3
     assert max(map(len, shown[first_shown + 1 :])) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "piece"),
+    [
+        ("llama_style", "▁"),
+        ("llama_style", "<unk>"),
+        ("unigram", "▁"),
+        ("unigram", "▁the"),
+        ("wordpiece", "##"),
+        ("bpe_with_suffix", "</w>"),
+        ("without_decoder", "the"),
+    ],
+)
+def test_endless_repetition_is_linear(kind: str, piece: str) -> None:
+    token_id = tokenizer_of(kind).token_to_id(piece)
+    started = time.process_time()
+    shown = pieces(kind, [token_id] * 20_000, [])
+    assert time.process_time() - started < 2
+    assert "".join(shown) == tokenizer_of(kind).decode([token_id] * 20_000)
 
 
 @pytest.mark.parametrize("kind", ["llama_style", "unigram"])
