@@ -6,5 +6,6 @@ Out: HTTP responses; GenerateRequest and AbortRequest to the tokenizer.
 Owns: the table of requests in flight, and with it what becomes of them when a worker dies.
 
 Read in this order: main.py (wiring), app.py (routes), native.py (POST /generate), streaming.py (the request table and
-its dispatcher), writer.py (bytes to one client), recovery.py (the rules after a death).
+its dispatcher), answers.py (events to a response), writer.py (bytes to one client), recovery.py (the rules after a
+death).
 """

@@ -181,22 +181,24 @@ class JsonLines:
         self._name_token_ids = name_token_ids
 
     def delta(self, text: str, token_ids: list[int]) -> str:
-        piece = self._piece(text, token_ids)
-        return piece and piece + "\n"
+        if self._name_token_ids and (text or token_ids):
+            return self._frame('{"text_delta":' + json_string(text) + f',"token_ids":{token_ids}}}')
+        return self._frame('{"text_delta":' + json_string(text) + "}") if text else ""
 
     def done(self, stream: Stream) -> str:
-        return to_json({"event": "done", **_ending(stream)}) + "\n"
+        return self._last_frame(to_json({"event": "done", **_ending(stream)}))
 
     def error(self, error: ApiError) -> str:
-        return to_json(_error(error)) + "\n"
+        return self._last_frame(to_json({"event": "error", "code": error.code, "message": error.message}))
 
     def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
         return to_json({"text": text, "token_ids": token_ids, **_ending(stream)})
 
-    def _piece(self, text: str, token_ids: list[int]) -> str:
-        if self._name_token_ids and (text or token_ids):
-            return '{"text_delta":' + json_string(text) + f',"token_ids":{token_ids}}}'
-        return '{"text_delta":' + json_string(text) + "}" if text else ""
+    def _frame(self, json_text: str) -> str:
+        return json_text + "\n"
+
+    def _last_frame(self, json_text: str) -> str:
+        return self._frame(json_text)
 
 
 class ServerSentEvents(JsonLines):
@@ -204,23 +206,14 @@ class ServerSentEvents(JsonLines):
 
     media_type = "text/event-stream"
 
-    def delta(self, text: str, token_ids: list[int]) -> str:
-        piece = self._piece(text, token_ids)
-        return piece and f"data: {piece}\n\n"
+    def _frame(self, json_text: str) -> str:
+        return f"data: {json_text}\n\n"
 
-    def done(self, stream: Stream) -> str:
-        done = to_json({"event": "done", **_ending(stream)})
-        return f"data: {done}\n\ndata: [DONE]\n\n"
-
-    def error(self, error: ApiError) -> str:
-        return f"data: {to_json(_error(error))}\n\ndata: [DONE]\n\n"
+    def _last_frame(self, json_text: str) -> str:
+        return f"data: {json_text}\n\ndata: [DONE]\n\n"
 
 
 def _ending(stream: Stream) -> JsonObject:
     matched = {} if stream.matched is None else {"matched": stream.matched}
     finish_reason = stream.finish.name.lower()
     return {"finish_reason": finish_reason, **matched, "usage": stream.usage(), "timing": stream.timing()}
-
-
-def _error(error: ApiError) -> JsonObject:
-    return {"event": "error", "code": error.code, "message": error.message}

@@ -38,7 +38,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unproductive_bytes = 0
-        self.scope["state"]["abort_connection"] = self.transport.abort
+        self.scope["state"] |= {"received_ns": now(), "abort_connection": self.transport.abort}
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -65,7 +65,7 @@ class Ingress:
     """How a request came in.
 
     Attributes:
-        received_ns: when its head was complete and the application was called; the first stamp of its timeline.
+        received_ns: when its head was complete; the first stamp of its timeline.
         request_id: the client's X-Request-Id, or one drawn here.
         send: the server's own ASGI send, unwrapped: it finishes without waiting unless the client does not read.
         abort_connection: drop the connection and whatever is still buffered for it.
@@ -83,13 +83,17 @@ def ingress_of(scope: Scope) -> Ingress:
 
 
 class Edge:
-    """Attaches the Ingress and answers with X-Request-Id. Pure ASGI: it adds nothing to a streamed chunk."""
+    """Attaches the Ingress and answers with X-Request-Id; needs BoundedHttpProtocol below it.
+
+    Pure ASGI, and streams are sent past it, so it adds nothing to a chunk.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ingress = Ingress(now(), _request_id(scope), send, scope["state"]["abort_connection"])
+        state = scope["state"]
+        ingress = Ingress(state["received_ns"], _request_id(scope), send, state["abort_connection"])
         scope[_SCOPE_KEY] = ingress
 
         async def send_with_id(message: Message) -> None:
