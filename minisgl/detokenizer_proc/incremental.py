@@ -36,7 +36,7 @@ class IncrementalText(Protocol):
 
 
 class TokenTexts:
-    """What all requests share of one tokenizer: built once (about 1 us a vocabulary entry), then only read."""
+    """What all requests share of one tokenizer: built once (some 5 us a vocabulary entry), then only read."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -78,13 +78,13 @@ class _ByteLevelTable:
 
     @classmethod
     def of(cls, vocabulary: dict[str, int]) -> _ByteLevelTable:
-        byte_of = {ord(char): byte for byte, char in enumerate(_byte_level_alphabet())}
+        byte_of = {char: byte for byte, char in enumerate(_byte_level_alphabet())}
         texts: dict[int, str] = {}
         data: dict[int, bytes] = {}
         for token, token_id in vocabulary.items():
             # A token with any character outside the alphabet (added tokens) stands for itself.
-            if all(ord(char) in byte_of for char in token):
-                data[token_id] = bytes(byte_of[ord(char)] for char in token)
+            if byte_of.keys() >= set(token):
+                data[token_id] = bytes(map(byte_of.__getitem__, token))
             else:
                 data[token_id] = token.encode()
             try:
