@@ -142,11 +142,11 @@ def test_a_preempted_request_is_next_in_line_with_its_tokens() -> None:
     while scheduler.waiting:
         plan = scheduler.plan()
         assert plan is not None
-        restarts += [row for row in shape(plan)[plan.decode_rows :]]
+        restarts += shape(plan)[plan.decode_rows :]
         scheduler.retire(plan, engine.retire(engine.launch(plan)))
     assert [rid for rid, *_ in restarts] == [2, 3]
     # Prompt and generated tokens are computed again in one go, and only the token after them is new.
-    rid, start, length, sample = restarts[0]
+    _, start, length, sample = restarts[0]
     assert (start, sample) == (0, True) and length > 2
 
 

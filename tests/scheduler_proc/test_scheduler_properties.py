@@ -54,7 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         message = tokenized(rid, prompt, **sampling)
         self.submitted[rid] = message
         limit = sampling["max_new_tokens"]
-        fits = 1 <= len(prompt) and len(prompt) + (limit or 1) <= self.capacity
+        fits = len(prompt) >= 1 and len(prompt) + (limit or 1) <= self.capacity
         consistent = limit is None or sampling["min_new_tokens"] <= limit
         refusal = self.scheduler.submit(message)
         assert (refusal is None) == (fits and consistent)
