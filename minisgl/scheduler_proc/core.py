@@ -145,7 +145,7 @@ class ReplicaCore:
     def _tell_prefills(self, plan: StepPlan) -> None:
         for row in plan.rows[plan.decode_rows :]:
             logger.info(
-                "prefill %d tokens %d..%d (%d tokens, cached %d) took %.2f ms",
+                "request %d: prefill of tokens %d..%d (%d tokens, cached %d) took %.2f ms",
                 row.request.rid,
                 row.start,
                 row.start + row.length - 1,

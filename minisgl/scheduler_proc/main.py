@@ -7,10 +7,10 @@ import logging
 import time
 
 from minisgl.channels import Peers
+from minisgl.config import WorkerSpec
 from minisgl.messages import (
     AbortRequest,
     Message,
-    RequestError,
     Shutdown,
     TokenBatch,
     TokenizedRequest,
@@ -64,7 +64,7 @@ def serve(worker: Worker, core: ReplicaCore) -> None:
 
     An engine failure ends every request with an error before it is raised on.
     """
-    outlet = TokenOutlet(Peers("detokenizer", worker.spec.config.detokenizer_workers))
+    service = SchedulerService(worker.spec, core)
     statistics = Statistics(worker, core)
     try:
         while True:
@@ -74,66 +74,76 @@ def serve(worker: Worker, core: ReplicaCore) -> None:
                 worker.inbox.wait(MAX_IDLE_MS)
             for message in worker.inbox.drain():
                 if type(message) is Shutdown:
-                    outlet.send_last_words(core.fail_all(503, "shutting_down", "the server is shutting down"))
+                    service.end_all(503, "shutting_down", "the server is shutting down")
                     return
-                handle(message, core, outlet)
-            batch = core.step()
-            if batch is not None:
-                outlet.send_batch(batch)
+                service.handle(message)
+            service.step()
             statistics.keep_fresh()
     except Exception as error:
-        cause = f"the engine failed: {type(error).__name__}: {error}"
-        outlet.send_last_words(core.fail_all(500, "engine_failure", cause))
+        service.end_all(500, "engine_failure", f"the engine failed: {type(error).__name__}: {error}")
         raise
     finally:
-        outlet.peers.close()
+        service.close()
 
 
-def handle(message: Message, core: ReplicaCore, outlet: TokenOutlet) -> None:
-    """React to one message from the inbox."""
-    if type(message) is TokenizedRequest:
-        refusal = core.submit(message)
-        if refusal is not None:
-            outlet.send_error(refusal)
-    elif type(message) is AbortRequest:
-        core.abort(message.rid)
-    elif type(message) is WorkerUp:
-        outlet.peers.up(message)
-    elif type(message) is WorkerDown:
-        outlet.peers.down(message.worker, message.epoch)
-        for rid in [rid for rid in core.scheduler.rids() if came_from(rid, message)]:
-            core.abort(rid)
+class SchedulerService:
+    """Brings messages to the core, and what comes out of it to the detokenizer of each request."""
 
+    def __init__(self, spec: WorkerSpec, core: ReplicaCore) -> None:
+        self._core = core
+        self._count = spec.config.detokenizer_workers
+        self._detokenizers = Peers("detokenizer", self._count)
+        self._gone_http_lives: set[tuple[int, int]] = set()
 
-def came_from(rid: int, dead: WorkerDown) -> bool:
-    """Whether the dead worker is the http process that made this request id, so that nobody waits for its answer."""
-    index, epoch = http_worker_of(rid)
-    same_life = make_request_id(index, dead.epoch, 0) == make_request_id(index, epoch, 0)
-    return same_life and dead.worker == f"http-{index}"
+    def handle(self, message: Message) -> None:
+        """React to one message from the inbox."""
+        if type(message) is TokenizedRequest:
+            # A request can still be on its way here when its http process is known to be dead.
+            if http_worker_of(message.rid) not in self._gone_http_lives:
+                self._submit(message)
+        elif type(message) is AbortRequest:
+            self._core.abort(message.rid)
+        elif type(message) is WorkerUp:
+            self._detokenizers.up(message)
+        elif type(message) is WorkerDown:
+            self._detokenizers.down(message.worker, message.epoch)
+            self._end_requests_of(message)
 
-
-class TokenOutlet:
-    """Sends each request's rows and errors to the detokenizer that serves it."""
-
-    def __init__(self, peers: Peers) -> None:
-        self.peers = peers
-        self._count = len(peers.names)
-
-    def send_batch(self, batch: TokenBatch) -> None:
+    def step(self) -> None:
+        """Run one step, if there is something to run, and send its tokens."""
+        batch = self._core.step()
+        if batch is None:
+            return
         if self._count == 1:
-            self.peers.send(0, batch)
+            self._detokenizers.send(0, batch)
             return
         for index, part in enumerate(split_batch(batch, self._count)):
             if part.rids:
-                self.peers.send(index, part)
+                self._detokenizers.send(index, part)
 
-    def send_error(self, error: RequestError) -> None:
-        self.peers.send(error.rid % self._count, error)
-
-    def send_last_words(self, errors: list[RequestError]) -> None:
-        """Send the errors and wait until they have left."""
+    def end_all(self, status: int, code: str, message: str) -> None:
+        """End every request with an error, and wait until the errors have left: the process is about to exit."""
+        errors = self._core.fail_all(status, code, message)
         for index in range(self._count):
-            self.peers.deliver(index, [error for error in errors if error.rid % self._count == index])
+            self._detokenizers.deliver(index, [error for error in errors if error.rid % self._count == index])
+
+    def close(self) -> None:
+        self._detokenizers.close()
+
+    def _submit(self, message: TokenizedRequest) -> None:
+        refusal = self._core.submit(message)
+        if refusal is not None:
+            self._detokenizers.send(refusal.rid % self._count, refusal)
+
+    def _end_requests_of(self, dead: WorkerDown) -> None:
+        """Abort what a dead http process has asked for: nobody waits for the answers."""
+        kind, _, index = dead.worker.partition("-")
+        if kind != "http" or not index.isdecimal():
+            return
+        life = http_worker_of(make_request_id(int(index), dead.epoch, 0))
+        self._gone_http_lives.add(life)
+        for rid in [rid for rid in self._core.scheduler.rids() if http_worker_of(rid) == life]:
+            self._core.abort(rid)
 
 
 def split_batch(batch: TokenBatch, count: int) -> list[TokenBatch]:

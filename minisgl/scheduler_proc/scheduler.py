@@ -149,7 +149,7 @@ class Scheduler:
         self.pages.complete(plan.step)
         sampled = SampledTokens()
         tokens = iter(token_ids)
-        anyone_ended = False
+        anyone_ended, runs_on = False, FinishReason.NONE
         for row in plan.rows:
             if not row.sample:
                 continue
@@ -166,7 +166,7 @@ class Scheduler:
             elif output_len >= request.max_new_tokens:
                 finish = FinishReason.LENGTH
             else:
-                finish = FinishReason.NONE
+                finish = runs_on
             if finish:
                 anyone_ended = True
                 if not request.pages:

@@ -145,6 +145,6 @@ def test_narration_tells_each_prefill_chunk(caplog: pytest.LogCaptureFixture) ->
     core.submit(tokenized(1, [5] * 6, max_new_tokens=2))
     run_out(core)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0].startswith("prefill 1 tokens 0..3 (4 tokens, cached 0) took ")
-    assert lines[1].startswith("prefill 1 tokens 4..5 (2 tokens, cached 0) took ")
+    assert lines[0].startswith("request 1: prefill of tokens 0..3 (4 tokens, cached 0) took ")
+    assert lines[1].startswith("request 1: prefill of tokens 4..5 (2 tokens, cached 0) took ")
     assert len(lines) == 2

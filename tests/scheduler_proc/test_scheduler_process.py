@@ -169,6 +169,8 @@ def test_requests_of_a_dead_http_process_end_and_no_others(start: Callable[..., 
     serving.send(WorkerDown("http-0", 1, "killed"))
     engine.permits.release(100)
     answers = until_ended(serving.detokenizers[0], dead, successor, other)
+    serving.send(tokenized(dead + 2, [5], max_new_tokens=9), tokenized(successor + 2, [5], max_new_tokens=9))
+    assert set(until_ended(serving.detokenizers[0], successor + 2)) == {successor + 2}, "sent before its http died"
     assert {rid: finish for rid, (_, finish) in answers.items()} == {
         dead: FinishReason.ABORT,
         successor: FinishReason.LENGTH,
