@@ -50,10 +50,11 @@ def main() -> int:
     with LoadGenerator(arguments.client_processes) as generator:
         campaign = Campaign(plan, setup, load_tokenizer(setup.model_dir), generator)
         for group in [systems] if plan.order == "interleaved" else [[system] for system in systems]:
-            campaign.measure(group)
-            campaign.report_into(report)
-            # Written after every group, so that a run that is cut short leaves what it has.
-            report.write(arguments.out, arguments.name)
+            for _ in campaign.measure(group):
+                # Written after every run, so that whoever cuts this short has what was measured.
+                campaign.report_into(report)
+                report.write(arguments.out, arguments.name)
+        campaign.report_into(report)
     if arguments.records:
         campaign.write_records(arguments.out / f"{arguments.name}.records.jsonl")
     return finish(report, arguments)
@@ -99,6 +100,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         request_timeout=arguments.request_timeout,
         hf_max_concurrency=arguments.hf_max_concurrency,
         hf_max_requests=arguments.hf_max_requests,
+        time_limit=arguments.time_limit,
     )
 
 
@@ -117,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--hf-max-concurrency", type=int, default=8, help="the baseline does not batch (default: 8)")
     what.add_argument("--hf-max-requests", type=int, default=16, help="requests per run of the baseline (default: 16)")
+    what.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; no run is begun after them")
     what.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="merge these reports instead of measuring")
 
     load = parser.add_argument_group("load")

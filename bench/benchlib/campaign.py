@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class Plan:
         seconds: length of the arrivals of an open-loop run.
         hf_max_concurrency, hf_max_requests: bounds for the baseline, which answers one request at a time; more would
             only measure its queue.
+        time_limit: seconds after which no further run is begun.
     """
 
     workloads: list[Workload]
@@ -47,6 +49,7 @@ class Plan:
     request_timeout: float
     hf_max_concurrency: int
     hf_max_requests: int
+    time_limit: float
 
     def suits(self, system: str, level: Level) -> bool:
         return system != "hf" or level.concurrency <= self.hf_max_concurrency
@@ -86,9 +89,11 @@ class Campaign:
     servers: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, list[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    skipped: int = 0
+    began: float = field(default_factory=time.monotonic)
 
-    def measure(self, systems: Sequence[str]) -> None:
-        """Have these systems' servers up together and measure them in turn, one at a time."""
+    def measure(self, systems: Sequence[str]) -> Iterator[Run]:
+        """Have these systems' servers up together and measure them in turn, one at a time; yields after every run."""
         plan = self.plan
         with contextlib.ExitStack() as stack:
             running = [server for system in systems if (server := self._start(stack, system))]
@@ -98,8 +103,12 @@ class Campaign:
                         for server in list(running):
                             if not plan.suits(server.system, level):
                                 continue
+                            if time.monotonic() - self.began > plan.time_limit:
+                                self.skipped += 1
+                                continue
                             run = self._run(server, workload, level, round_number)
                             self.runs.setdefault((server.system, workload.name, level), []).append(run)
+                            yield run
                             if run.death:
                                 running.remove(server)
 
@@ -160,6 +169,7 @@ class Campaign:
             if system != reference
         }
         report.problems = self.problems + self._unequal_prompts()
+        report.remarks = [f"{self.skipped} runs were not made: the time limit was reached"] if self.skipped else []
 
     def _unequal_prompts(self) -> list[str]:
         """Systems that saw other prompt lengths than the rest did not do the same work."""

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchlib.anatomy import Anatomy, summarize_hops
-from benchlib.report import Report, number
+from benchlib.report import Report
 from benchlib.results import Cell
 from benchlib.servers import SYSTEMS, TITLES
 
@@ -104,7 +104,7 @@ def _panel(
     ticks = sorted({cell.level.rate or cell.level.concurrency for cell in cells})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: number(tick)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("requests per second" if open_loop else "concurrent requests")
     axes.set_ylabel(title)

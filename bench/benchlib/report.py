@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ class Report:
         missing: by system, why it was not measured.
         agreement: by pair of systems, how many leading greedy tokens they share on the probe prompt.
         problems: what spoils the whole run, beyond the refused cells.
+        remarks: what a reader should know and that spoils nothing.
     """
 
     machine: dict[str, Any]
@@ -44,6 +46,7 @@ class Report:
     agreement: dict[str, str] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def refused(self) -> bool:
@@ -87,8 +90,8 @@ class Report:
         return ["**REFUSED: this run is not a result.**", "", *(f"- {reason}" for reason in reasons), ""]
 
     def _facts(self) -> list[str]:
-        lines = [f"- {self.when}", f"- machine: {_words(self.machine)}", f"- model: {_words(self.model)}"]
-        lines.append(f"- method: {_words(self.method)}")
+        lines = [f"- {self.when}", f"- machine: {words(self.machine)}", f"- model: {words(self.model)}"]
+        lines += [f"- method: {words(self.method)}", *(f"- **{remark}**" for remark in self.remarks)]
         lines += [f"- not measured: {TITLES[system]}: {reason}" for system, reason in self.missing.items()]
         lines += [f"- greedy tokens shared, {pair}: {shared}" for pair, shared in self.agreement.items()]
         for cell in self.cells:
@@ -106,7 +109,7 @@ class Report:
         for system, server in self.servers.items():
             how = f"`{server['command']}`" if server["command"] else f"already running at {server['url']}"
             lines.append(
-                f"- **{TITLES[system]}**: {how}; ready after {server['ready_seconds']:g} s; {_words(server['facts'])}"
+                f"- **{TITLES[system]}**: {how}; ready after {server['ready_seconds']:g} s; {words(server['facts'])}"
             )
         return [*lines, ""]
 
@@ -117,6 +120,7 @@ def machine_facts(copy: dict[str, Any]) -> dict[str, Any]:
         "processor": cpu_name(),
         "device": copy["name"] if copy["device"] != "cpu" else "cpu",
         "copy_bandwidth_gb_s": round(copy["copy_bytes_per_s"] / 1e9, 1),
+        "load_average_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": copy["torch"],
@@ -131,13 +135,14 @@ def merge(reports: Sequence[Report]) -> Report:
             mine, theirs = (r.model if what == "model" else r.machine.get(what) for r in (first, other))
             if mine != theirs:
                 raise ValueError(f"these reports do not belong together: {what} differs ({mine} and {theirs})")
-    merged = dataclasses.replace(first, servers={}, missing={}, agreement={}, cells=[], problems=[])
+    merged = dataclasses.replace(first, servers={}, missing={}, agreement={}, cells=[], problems=[], remarks=[])
     for report in reports:
         merged.servers |= report.servers
         merged.missing |= report.missing
         merged.agreement |= report.agreement
         merged.cells += report.cells
         merged.problems += report.problems
+        merged.remarks += report.remarks
     measured = {cell.system for cell in merged.cells}
     merged.missing = {system: why for system, why in merged.missing.items() if system not in measured}
     return merged
@@ -249,9 +254,16 @@ def _levels(cells: Sequence[Cell]) -> list[Level]:
     return sorted({cell.level for cell in cells}, key=lambda level: (level.rate, level.concurrency))
 
 
-def _words(value: Any) -> str:
+_UNITS = {"copy_bandwidth_gb_s": "copy bandwidth {} GB/s", "ready_seconds": "ready after {} s"}
+
+
+def words(value: Any) -> str:
+    """Nested facts as one readable phrase."""
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items())
+        return ", ".join(
+            _UNITS[key].format(words(item)) if key in _UNITS else f"{key.replace('_', ' ')} {words(item)}"
+            for key, item in value.items()
+        )
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SYSTEMS = ("minisgl", "sglang", "hf")
 TITLES = {"minisgl": "minisgl", "sglang": "sglang", "hf": "Hugging Face"}
 
+_MINISGL_FACTS = ("load_format", "context_length")
 _SGLANG_FACTS = [
     "version",
     "attention_backend",
@@ -185,8 +186,8 @@ class Server:
 
     def _facts(self) -> dict[str, Any]:
         if self.system == "minisgl":
-            facts = {"version": minisgl_version(), **(get_json(f"{self.url}/get_model_info") or {})}
-            return {key: value for key, value in facts.items() if key not in ("model_path", "tokenizer_path")}
+            info = get_json(f"{self.url}/get_model_info") or {}
+            return {"version": minisgl_version(), **{key: info[key] for key in _MINISGL_FACTS if key in info}}
         info = get_json(f"{self.url}/server_info") or get_json(f"{self.url}/get_server_info") or {}
         if self.system == "sglang":
             return {key: info[key] for key in _SGLANG_FACTS if info.get(key) is not None}
