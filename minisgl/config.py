@@ -96,7 +96,12 @@ class ServerConfig:
     chunked_prefill_size: int | None = _flag(
         None, "prompt tokens computed per step at most (default: 8192 on CUDA, else 512)"
     )
-    attention_backend: str = _flag("auto", "attention implementation", choices=("auto", "torch_sdpa"))
+    attention_backend: str = _flag(
+        "auto",
+        "attention implementation; auto is triton on CUDA for the models that decoder.py covers, else torch_sdpa",
+        choices=("auto", "triton", "torch_sdpa"),
+    )
+    disable_cuda_graph: bool = _flag(False, "run every step kernel by kernel (slower; for debugging)")
 
     def __post_init__(self) -> None:
         for name in ("http_workers", "tokenizer_workers", "detokenizer_workers", "max_queued_requests"):
@@ -225,7 +230,7 @@ def parse_args(argv: Sequence[str] | None = None, env: Mapping[str, str] | None 
     """Parse a command line; argparse's own errors and ConfigErrors both exit with status 2 and one sentence."""
     parser = argparse.ArgumentParser(
         prog="launch.py",
-        description="Serve a language model: tokenizer, scheduler(s), detokenizer and HTTP, each in a process of its own.",
+        description="Serve a language model: tokenizer, schedulers, detokenizer and HTTP, each in its own process.",
         allow_abbrev=False,
     )
     add_arguments(parser, env)

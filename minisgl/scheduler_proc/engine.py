@@ -5,22 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from minisgl.config import ModelSpec, ServerConfig
+from minisgl.config import ConfigError, ModelSpec, ServerConfig
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
 from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
 from minisgl.scheduler_proc.core import scheduler_limits
 from minisgl.scheduler_proc.device import choose_device, choose_dtype, describe, set_cpu_threads
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
-from minisgl.scheduler_proc.models.forward_batch import make_forward_batch
+from minisgl.scheduler_proc.models.decoder import Decoder
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_device
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
-from minisgl.scheduler_proc.sampler import SamplingBatch, sample, sampling_columns
+from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
 from minisgl.scheduler_proc.scheduler import SchedulerLimits
+
+if TYPE_CHECKING:
+    from minisgl.scheduler_proc.cuda_graphs import GraphRunner, StepLogits
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +59,20 @@ class StepEngine:
         self,
         model: Model,
         attention: AttentionBackend,
+        graphs: GraphRunner | None,
         pool: KVPool,
+        num_pages: int,
         limits: SchedulerLimits,
         device: torch.device,
         threads: int,
     ) -> None:
         self.page_size = pool.page_size
-        self.num_pages = pool.num_pages
+        self.num_pages = num_pages
         self.device_name = describe(device, threads)
         self.dtype_name = str(pool.layers[0].dtype).removeprefix("torch.")
         self._model = model
         self._attention = attention
+        self._graphs = graphs
         self._limits = limits
         self._device = device
         self._warned = False
@@ -100,8 +109,13 @@ class StepEngine:
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
 
             def make_engine(num_pages: int) -> StepEngine:
-                pool = KVPool(loaded.kv_shapes, num_pages, page_size, dtype, device)
-                return cls(loaded, make_attention(config.attention_backend, pool), pool, limits, device, threads)
+                # One page more than the scheduler may use: the graphs' padding rows write there.
+                pool = KVPool(loaded.kv_shapes, num_pages + 1, page_size, dtype, device)
+                attention = make_attention("torch_sdpa", pool)
+                graphs = _make_graphs(loaded, pool, limits) if fused else None
+                return cls(loaded, attention, graphs, pool, num_pages, limits, device, threads)
+
+            fused = _use_fused_kernels(config, loaded, device)
 
             page_size = config.page_size or DEFAULT_PAGE_SIZE
             limits = scheduler_limits(config, model, str(device))
@@ -119,7 +133,10 @@ class StepEngine:
                 page_bytes=bytes_per_token(loaded.kv_shapes, dtype) * page_size,
                 activation_bytes=activation_bytes,
             )
-            return make_engine(num_pages)
+            engine = make_engine(num_pages)
+            if engine._graphs is not None and not config.disable_cuda_graph:
+                engine._graphs.capture_all(lambda done, total: progress("capturing CUDA graphs", done, total))
+            return engine
 
     def warm_up(self) -> None:
         """Run a prefill, a chunk after it, and decode steps of one and several rows; KV pages are free afterwards."""
@@ -147,15 +164,32 @@ class StepEngine:
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Start a step; returns before it is computed where the device allows that (CUDA)."""
         with torch.inference_mode():
-            batch, columns = make_forward_batch(plan, self.page_size, self._device, sampling_columns(plan))
-            logits = self._model.forward(batch, self._attention.begin_step(batch))
-            tokens, finite = sample(logits, SamplingBatch(*columns))
-            result = torch.stack((tokens, finite.long()))
+            if self._graphs is not None:
+                result = self._launch_fused(plan, self._graphs)
+            else:
+                columns = sampling_columns([row for row in plan.rows if row.sample])
+                batch, sampling = make_forward_batch(plan, self.page_size, self._device, columns)
+                logits = self._model.forward(batch, self._attention.begin_step(batch))
+                tokens, finite = sample(logits, SamplingBatch(*sampling))
+                result = torch.stack((tokens, finite.long()))
             if self._device.type != "cuda":
                 return InFlightStep(result, None)
             on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
             on_host.copy_(result, non_blocking=True)
             return InFlightStep(on_host, torch.cuda.current_stream().record_event())
+
+    def _launch_fused(self, plan: StepPlan, graphs: GraphRunner) -> torch.Tensor:
+        """Start a step on the fused kernels; its result as in InFlightStep, still on the device."""
+        results: list[torch.Tensor] = []
+
+        def take(rows: list[StepRow], step: StepLogits) -> None:
+            tokens, finite = step.tokens, step.finite
+            if not always_greedy(rows):
+                tokens, finite = sample(step.logits, SamplingBatch(*to_device(sampling_columns(rows), self._device)))
+            results.append(torch.stack((tokens, finite.long())))
+
+        graphs.run(plan, take)
+        return torch.cat(results, dim=1) if results else torch.empty((2, 0), dtype=torch.int64, device=self._device)
 
     def retire(self, step: InFlightStep) -> list[int]:
         """Wait for a step; one token id for each of its rows with `sample`, in row order."""
@@ -170,6 +204,27 @@ class StepEngine:
                 self.dtype_name,
             )
         return list(token_ids)
+
+
+def _use_fused_kernels(config: ServerConfig, model: Model, device: torch.device) -> bool:
+    """Whether Triton kernels and graphs run this model; raises ConfigError when that was asked for and cannot be."""
+    possible = device.type == "cuda" and isinstance(model, Decoder) and find_spec("triton") is not None
+    if config.attention_backend == "triton" and not possible:
+        raise ConfigError(
+            "--attention-backend triton needs a CUDA device, the triton package and a Llama, Mistral, Qwen2 or Qwen3 "
+            "model; leave the flag out to use what works here"
+        )
+    return possible and config.attention_backend != "torch_sdpa"
+
+
+def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRunner:
+    # Imported here because Triton exists on CUDA machines only.
+    from minisgl.scheduler_proc.cuda_graphs import GraphRunner
+    from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder
+
+    assert isinstance(model, Decoder)
+    fused = FusedDecoder(model, pool, limits.context_length)
+    return GraphRunner(fused, pool, limits.max_running, limits.context_length)
 
 
 def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:

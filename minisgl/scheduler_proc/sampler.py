@@ -16,7 +16,7 @@ import torch
 
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.models.forward_batch import Array
-from minisgl.scheduler_proc.request import StepPlan
+from minisgl.scheduler_proc.request import StepRow
 
 CPU_CANDIDATES = 1024
 """How many of the likeliest tokens a CPU sorts before it sorts all: a whole vocabulary takes it 10 ms a row."""
@@ -50,19 +50,26 @@ class SamplingBatch:
     banned: torch.Tensor
 
 
-def sampling_columns(plan: StepPlan) -> list[Array]:
-    """The arrays of a SamplingBatch, in the order of its fields; make it of them on the device."""
-    rows = [row for row in plan.rows if row.sample]
+def always_greedy(rows: Sequence[StepRow]) -> bool:
+    """Whether every row simply takes its likeliest token."""
+    return all(row.request.sampling.greedy and not _bans(row) for row in rows)
+
+
+def _bans(row: StepRow) -> bool:
+    """Whether the row's next token comes too early to be a stop token."""
+    request = row.request
+    return row.start + row.length - request.prompt_len < request.sampling.min_new_tokens
+
+
+def sampling_columns(rows: Sequence[StepRow]) -> list[Array]:
+    """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device."""
     params = [row.request.sampling for row in rows]
     positions = [row.start + row.length for row in rows]
     seeds = [p.seed if p.seed is not None else row.request.rid for p, row in zip(params, rows, strict=True)]
     filtered = [index for index, p in enumerate(params) if not p.greedy and _filters(p)]
     plain = [index for index, p in enumerate(params) if not p.greedy and not _filters(p)]
     banned = [
-        (index, token_id)
-        for index, (p, row, position) in enumerate(zip(params, rows, positions, strict=True))
-        if position - row.request.prompt_len < p.min_new_tokens
-        for token_id in sorted(row.request.stop_ids)
+        (index, token_id) for index, row in enumerate(rows) if _bans(row) for token_id in sorted(row.request.stop_ids)
     ]
     return [
         np.array(plain, np.int32),

@@ -69,7 +69,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: DecoderWeights, rope: Rope) -> None:
         self.config = config
         self.weights = weights
-        self._rope = rope
+        self.rope = rope
         self._attention = [AttentionSpec(config.head_dim**-0.5, window) for window in config.windows]
 
     @property
@@ -83,7 +83,7 @@ class Decoder:
     def forward(self, batch: ForwardBatch, attention: StepAttention) -> torch.Tensor:
         """Logits [rows that sample, vocab] in the model's dtype."""
         config, weights = self.config, self.weights
-        angles = self._rope.angles(batch.positions)
+        angles = self.rope.angles(batch.positions)
         hidden = F.embedding(batch.input_ids, weights.embedding)
         last = config.num_layers - 1
         for index, layer in enumerate(weights.layers):

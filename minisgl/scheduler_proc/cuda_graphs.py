@@ -1,0 +1,317 @@
+"""The CUDA path of the engine: steps as captured graphs, their inputs in one block of integers.
+
+A graph has fixed shapes, so decode rows are padded to the next captured batch size and prompt chunks to the next token
+count; padding writes its keys and values to a page of its own. A step replays one graph for its decode rows and one or
+more for its chunks; what fits no graph (long prompts) runs the same kernels uncaptured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.kernels.paged_attention import PREFILL_BLOCK_M, decode_splits, prefill_blocks
+from minisgl.scheduler_proc.models.forward_batch import Array, to_device
+from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecoder, PrefillInputs
+from minisgl.scheduler_proc.request import StepPlan, StepRow
+
+logger = logging.getLogger(__name__)
+
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
+PREFILL_ROWS = (1, 8, 64)
+STAGING_BUFFERS = 3
+"""Steps whose inputs may be on their way to the device at once."""
+
+
+class InputBlock:
+    """Named int32 arrays in one block on the device, filled by one asynchronous copy.
+
+    The last array may be filled in part; only what a step uses is copied.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        self._offsets: dict[str, int] = {}
+        total = 0
+        for name, size in sizes.items():
+            self._offsets[name] = total
+            total += size
+        self._sizes = sizes
+        self._last = next(reversed(sizes))
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGING_BUFFERS)]
+        self._arrays = [host.numpy() for host in self._host]
+        self._turn = 0
+
+    def view(self, name: str, size: int) -> torch.Tensor:
+        """The first `size` elements of an array on the device."""
+        offset = self._offsets[name]
+        return self._device[offset : offset + size]
+
+    def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
+        """Send new values; an array's elements beyond those given keep arbitrary old ones."""
+        self._turn = (self._turn + 1) % STAGING_BUFFERS
+        array = self._arrays[self._turn]
+        for name, column in values.items():
+            offset = self._offsets[name]
+            array[offset : offset + len(column)] = column
+        used = self._offsets[self._last] + len(values[self._last])
+        self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits of some rows of a step ([rows, vocab]; valid until the next replay), and their greedy choice."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    finite: torch.Tensor
+
+
+class GraphRunner:
+    """Runs decode rows and prompt chunks of a FusedDecoder, by graph where one fits.
+
+    Args:
+        pool: holds one page more than the scheduler knows; padding goes there.
+    """
+
+    def __init__(self, model: FusedDecoder, pool: KVPool, max_running: int, context_length: int) -> None:
+        self._model = model
+        self._page_size = pool.page_size
+        self._padding_slot = (pool.num_pages - 1) * pool.page_size
+        self._context_length = context_length
+        device = pool.layers[0].device
+        row_pages = -(-context_length // pool.page_size)
+        self._decode_sizes = [size for size in DECODE_SIZES if size < max_running] + [max_running]
+        self._decode_block = InputBlock(
+            {
+                "table_stride": 1,
+                "input_ids": max_running,
+                "positions": max_running,
+                "slots": max_running,
+                "lengths": max_running,
+                "page_table": max_running * row_pages,
+            },
+            device,
+        )
+        most_tokens, most_rows = PREFILL_TOKENS[-1], PREFILL_ROWS[-1]
+        self._prefill_block = InputBlock(
+            {
+                "input_ids": most_tokens,
+                "positions": most_tokens,
+                "slots": most_tokens,
+                "sampled": most_rows,
+                "blocks": 4 * _most_blocks(most_tokens, most_rows),
+                "page_table": most_rows * row_pages,
+            },
+            device,
+        )
+        self._device = device
+        self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
+        self._prefill_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
+
+    # ---- capture ----
+
+    def capture_all(self, progress: Callable[[int, int], None]) -> None:
+        """Capture every graph, largest first so that the smaller ones reuse its memory."""
+        prefills = [
+            (tokens, rows)
+            for tokens in PREFILL_TOKENS
+            for rows in PREFILL_ROWS
+            if rows <= tokens <= self._context_length * rows
+        ]
+        total = len(self._decode_sizes) + len(prefills)
+        memory = torch.cuda.graph_pool_handle()
+        for size in reversed(self._decode_sizes):
+            self._fill_padding_decode(size)
+            self._decode_graphs[size] = self._capture(partial(self._model.decode, self._decode_inputs(size)), memory)
+            progress(len(self._decode_graphs), total)
+        for tokens, rows in reversed(prefills):
+            self._fill_prefill([], tokens, rows)
+            inputs = self._prefill_inputs(tokens, rows)
+            self._prefill_graphs[tokens, rows] = self._capture(partial(self._model.prefill, inputs), memory)
+            progress(len(self._decode_graphs) + len(self._prefill_graphs), total)
+
+    def _capture(self, forward: Callable[[], torch.Tensor], memory: Any) -> tuple[torch.cuda.CUDAGraph, StepLogits]:
+        # The first run compiles kernels and lets cuBLAS allocate, neither of which a capture allows.
+        _greedy(forward())
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            result = _greedy(forward())
+        return graph, result
+
+    # ---- steps ----
+
+    def run(self, plan: StepPlan, take: Callable[[list[StepRow], StepLogits], None]) -> None:
+        """Compute a step; `take` is called with each part's sampling rows and logits, in row order, before the next
+        part overwrites them."""
+        decodes, chunks = plan.rows[: plan.decode_rows], plan.rows[plan.decode_rows :]
+        if decodes:
+            take(decodes, self._decode(decodes))
+        for part in _parts(chunks):
+            result = self._prefill(part)
+            sampling = [row for row in part if row.sample]
+            if sampling:
+                take(sampling, result)
+
+    def _decode(self, rows: list[StepRow]) -> StepLogits:
+        size = next(size for size in self._decode_sizes if size >= len(rows))
+        padding = size - len(rows)
+        page_size = self._page_size
+        counts = [row.start // page_size + 1 for row in rows]
+        stride = max(counts)
+        table = np.zeros((len(rows), stride), np.int32)
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            table[index, :count] = row.request.pages[:count]
+        positions = np.array([row.start for row in rows], np.int32)
+        slots = table[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+        self._decode_block.fill(
+            {
+                "table_stride": [stride],
+                "input_ids": [row.request.token_ids[row.start] for row in rows] + [0] * padding,
+                "positions": np.pad(positions, (0, padding)),
+                "slots": np.pad(slots, (0, padding), constant_values=self._padding_slot),
+                # A padding row sees one position, whatever page its table row happens to name.
+                "lengths": np.pad(positions + 1, (0, padding), constant_values=1),
+                "page_table": np.pad(table, ((0, padding), (0, 0))).reshape(-1),
+            }
+        )
+        if size not in self._decode_graphs:
+            return _first_rows(_greedy(self._model.decode(self._decode_inputs(size))), len(rows))
+        graph, result = self._decode_graphs[size]
+        graph.replay()
+        return _first_rows(result, len(rows))
+
+    def _prefill(self, rows: list[StepRow]) -> StepLogits:
+        tokens = sum(row.length for row in rows)
+        sampling = max(1, sum(row.sample for row in rows))
+        key = _prefill_key(tokens, len(rows), list(self._prefill_graphs))
+        if key is None:
+            return _greedy(self._model.prefill(self._loose_prefill_inputs(rows)))
+        self._fill_prefill(rows, *key)
+        graph, result = self._prefill_graphs[key]
+        graph.replay()
+        return _first_rows(result, sampling)
+
+    # ---- inputs ----
+
+    def _fill_padding_decode(self, size: int) -> None:
+        self._decode_block.fill(
+            {
+                "table_stride": [1],
+                "input_ids": [0] * size,
+                "positions": [0] * size,
+                "slots": [self._padding_slot] * size,
+                "lengths": [1] * size,
+                "page_table": [0] * size,
+            }
+        )
+
+    def _decode_inputs(self, size: int) -> DecodeInputs:
+        block = self._decode_block
+        row_pages = -(-self._context_length // self._page_size)
+        return DecodeInputs(
+            input_ids=block.view("input_ids", size),
+            positions=block.view("positions", size),
+            slots=block.view("slots", size),
+            lengths=block.view("lengths", size),
+            table_stride=block.view("table_stride", 1),
+            page_table=block.view("page_table", size * row_pages),
+            splits=decode_splits(size, self._model.config.num_kv_heads, self._context_length),
+        )
+
+    def _prefill_columns(self, rows: list[StepRow], tokens: int, sampling: int, blocks: int) -> dict[str, Array]:
+        """The input arrays of some chunks, padded to `tokens`, `sampling` rows and `blocks` blocks."""
+        page_size = self._page_size
+        columns: list[list[Array]] = [[np.zeros(0, np.int32)] for _ in range(4)]
+        input_ids, positions, slots, table = columns
+        places: list[tuple[int, int, int, int]] = []
+        sampled: list[int] = []
+        token = pages_at = 0
+        for row in rows:
+            end = row.start + row.length
+            pages = np.array(row.request.pages[: -(-end // page_size)], np.int32)
+            at = np.arange(row.start, end, dtype=np.int32)
+            input_ids.append(np.array(row.request.token_ids[row.start : end], np.int32))
+            positions.append(at)
+            slots.append(pages[at // page_size] * page_size + at % page_size)
+            table.append(pages)
+            places.append((token, row.start, row.length, pages_at))
+            token += row.length
+            pages_at += len(pages)
+            if row.sample:
+                sampled.append(token - 1)
+        block_table = prefill_blocks(places)
+        padding = tokens - token
+        return {
+            "input_ids": np.pad(np.concatenate(input_ids), (0, padding)),
+            "positions": np.pad(np.concatenate(positions), (0, padding)),
+            "slots": np.pad(np.concatenate(slots), (0, padding), constant_values=self._padding_slot),
+            "sampled": np.array(sampled + [0] * (sampling - len(sampled)), np.int32),
+            "blocks": np.array(block_table + [0] * (4 * blocks - len(block_table)), np.int32),
+            "page_table": np.concatenate(table),
+        }
+
+    def _fill_prefill(self, rows: list[StepRow], tokens: int, most_rows: int) -> None:
+        self._prefill_block.fill(self._prefill_columns(rows, tokens, most_rows, _most_blocks(tokens, most_rows)))
+
+    def _prefill_inputs(self, tokens: int, rows: int) -> PrefillInputs:
+        block = self._prefill_block
+        row_pages = -(-self._context_length // self._page_size)
+        return PrefillInputs(
+            input_ids=block.view("input_ids", tokens),
+            positions=block.view("positions", tokens),
+            slots=block.view("slots", tokens),
+            sampled=block.view("sampled", rows),
+            blocks=block.view("blocks", 4 * _most_blocks(tokens, rows)),
+            page_table=block.view("page_table", rows * row_pages),
+        )
+
+    def _loose_prefill_inputs(self, rows: list[StepRow]) -> PrefillInputs:
+        tokens = sum(row.length for row in rows)
+        sampling = max(1, sum(row.sample for row in rows))
+        blocks = sum(-(-row.length // PREFILL_BLOCK_M) for row in rows)
+        columns = self._prefill_columns(rows, tokens, sampling, blocks)
+        return PrefillInputs(**dict(zip(columns, to_device(list(columns.values()), self._device), strict=True)))
+
+
+def _most_blocks(tokens: int, rows: int) -> int:
+    """Into how many blocks `rows` chunks of `tokens` tokens together can fall."""
+    return tokens // PREFILL_BLOCK_M + rows
+
+
+def _prefill_key(tokens: int, rows: int, captured: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The smallest captured prefill (tokens, rows) that holds these chunks, or None."""
+    return min((key for key in captured if key[0] >= tokens and key[1] >= rows), default=None)
+
+
+def _parts(chunks: list[StepRow]) -> list[list[StepRow]]:
+    """Cut a step's chunks into groups that fit a graph; a chunk that fits none is a group of its own."""
+    parts: list[list[StepRow]] = []
+    tokens = 0
+    for row in chunks:
+        full = not parts or tokens + row.length > PREFILL_TOKENS[-1] or len(parts[-1]) == PREFILL_ROWS[-1]
+        if full:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += row.length
+    return parts
+
+
+def _greedy(logits: torch.Tensor) -> StepLogits:
+    best, tokens = logits.max(dim=-1)
+    return StepLogits(logits, tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best))
+
+
+def _first_rows(result: StepLogits, rows: int) -> StepLogits:
+    return StepLogits(result.logits[:rows], result.tokens[:rows], result.finite[:rows])

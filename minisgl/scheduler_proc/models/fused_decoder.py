@@ -1,0 +1,142 @@
+"""The decoder's forward on CUDA: decoder.py's weights and meaning, with everything between the matrix products fused.
+
+One function of static shapes, so that it can be captured in a CUDA graph: what changes from step to step is read from
+one block of integers on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, rotate_and_store, silu_and_multiply
+from minisgl.scheduler_proc.kernels.paged_attention import decode_attention, prefill_attention
+from minisgl.scheduler_proc.models.decoder import Decoder, LayerWeights
+from minisgl.scheduler_proc.models.rope import Rope
+
+Attend: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a layer's index and its rotated qkv [tokens, heads + 2 * kv heads, head_dim] to [tokens, heads, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """Rows of one new token each; all int32 on the device.
+
+    Attributes:
+        table_stride: [1]; row r's page ids are page_table[r * table_stride :].
+        lengths: [rows], positions each row sees, its own included.
+        splits: over how many programs a row's keys are split at most.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    lengths: torch.Tensor
+    table_stride: torch.Tensor
+    page_table: torch.Tensor
+    splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillInputs:
+    """Prompt chunks, end to end; all int32 on the device.
+
+    Attributes:
+        sampled: [rows], the token whose logits are wanted.
+        blocks: see kernels.paged_attention.prefill_blocks.
+        page_table: flat; blocks say where each chunk's page ids begin.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    sampled: torch.Tensor
+    blocks: torch.Tensor
+    page_table: torch.Tensor
+
+
+class FusedDecoder:
+    """A Decoder's weights with the fused forward. `pool` receives the keys and values."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool, context_length: int) -> None:
+        self.config = decoder.config
+        self.weights = decoder.weights
+        self.pool = pool
+        self._tables = _rotation_tables(decoder.rope, context_length, pool.layers[0].device)
+
+    def decode(self, inputs: DecodeInputs) -> torch.Tensor:
+        """Logits [rows, vocab] in the model's dtype."""
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            return decode_attention(
+                qkv,
+                self.pool.layers[layer],
+                inputs.page_table,
+                inputs.table_stride,
+                inputs.lengths,
+                page_size=self.pool.page_size,
+                scale=self.config.head_dim**-0.5,
+                window=self.config.windows[layer],
+                splits=inputs.splits,
+            )
+
+        return self._head(self._layers(inputs, attend))
+
+    def prefill(self, inputs: PrefillInputs) -> torch.Tensor:
+        """Logits [rows, vocab] of the sampled tokens, in the model's dtype."""
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            return prefill_attention(
+                qkv,
+                self.pool.layers[layer],
+                inputs.page_table,
+                inputs.blocks,
+                page_size=self.pool.page_size,
+                scale=self.config.head_dim**-0.5,
+                window=self.config.windows[layer],
+            )
+
+        return self._head(self._layers(inputs, attend).index_select(0, inputs.sampled))
+
+    def _layers(self, inputs: DecodeInputs | PrefillInputs, attend: Attend) -> torch.Tensor:
+        """Normed hidden states [tokens, hidden] of the last layer."""
+        config, weights = self.config, self.weights
+        heads = config.num_heads + 2 * config.num_kv_heads
+        residual = F.embedding(inputs.input_ids, weights.embedding).float()
+        delta: torch.Tensor | None = None
+        for index, layer in enumerate(weights.layers):
+            normed = add_rms_norm(residual, delta, layer.input_norm, config.rms_norm_eps)
+            qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads, config.head_dim)
+            rotate_and_store(
+                qkv,
+                inputs.positions,
+                inputs.slots,
+                self._tables,
+                layer.qk_norm,
+                config.rms_norm_eps,
+                self.pool.layers[index],
+            )
+            delta = F.linear(attend(index, qkv).flatten(1), layer.output, layer.output_bias)
+            normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps)
+            delta = self._feed_forward(layer, normed)
+        return add_rms_norm(residual, delta, weights.norm, config.rms_norm_eps)
+
+    def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+        gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
+        return F.linear(silu_and_multiply(gate_up), layer.down, layer.down_bias)
+
+    def _head(self, normed: torch.Tensor) -> torch.Tensor:
+        return F.linear(normed, self.weights.head)
+
+
+def _rotation_tables(rope: Rope, context_length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position, each [context_length, head_dim / 2] in the model's dtype."""
+    cos, sin = rope.angles(torch.arange(context_length, device=device))
+    half = cos.shape[-1] // 2
+    # `angles` repeats cosines over both halves and gives the second half of the sines their plain sign.
+    return cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous()

@@ -1,0 +1,96 @@
+"""The fused CUDA forward against decoder.py: on a CUDA device, or uncaptured in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the interpreter needs it too")
+
+from minisgl.sampling_params import SamplingParams  # noqa: E402
+from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
+from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
+from minisgl.scheduler_proc.cuda_graphs import GraphRunner, StepLogits  # noqa: E402
+from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch  # noqa: E402
+from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder  # noqa: E402
+from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
+from minisgl.scheduler_proc.request import Request, StepPlan, StepRow  # noqa: E402
+
+PAGE_SIZE, PAGES, CONTEXT = 4, 64, 128
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_logits_equal_the_plain_decoder(family: str, captured: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES[family]}))
+    with torch.inference_mode():
+        model = load_model(
+            tmp_path,
+            dtype=torch.float32,
+            device=DEVICE,
+            context_length=CONTEXT,
+            dummy_seed=1,
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+        )
+        assert isinstance(model, Decoder)
+        plain_pool, fused_pool = (KVPool(model.kv_shapes, PAGES, PAGE_SIZE, torch.float32, DEVICE) for _ in range(2))
+        plain = TorchSdpaAttention(plain_pool)
+        runner = GraphRunner(FusedDecoder(model, fused_pool, CONTEXT), fused_pool, 8, CONTEXT)
+        if captured:
+            runner.capture_all(lambda done, total: None)
+
+        generator = torch.Generator().manual_seed(5)
+        requests = [new_request(index, length, generator) for index, length in enumerate((5, 40, 70))]
+        # Whole prompts, then the rest of a chunked one beside decode rows, then decode rows alone.
+        steps = [
+            ([(0, 0, 5), (1, 0, 40), (2, 0, 33)], 0),
+            ([(0, 5, 1), (1, 40, 1), (2, 33, 37)], 2),
+            ([(0, 6, 1), (1, 41, 1), (2, 70, 1)], 3),
+        ]
+        for rows, decode_rows in steps:
+            plan = StepPlan(
+                1, [StepRow(requests[index], start, length, True) for index, start, length in rows], decode_rows
+            )
+            batch, _ = make_forward_batch(plan, PAGE_SIZE, DEVICE)
+            expected = model.forward(batch, plain.begin_step(batch))
+            parts: list[torch.Tensor] = []
+
+            def take(rows: list[StepRow], step: StepLogits, parts: list[torch.Tensor] = parts) -> None:
+                assert len(rows) == len(step.logits) == len(step.tokens) == len(step.finite)
+                parts.append(step.logits.clone())
+
+            runner.run(plan, take)
+            found = torch.cat(parts)
+            assert found.shape == expected.shape
+            assert (found - expected).norm() / expected.norm() < 1e-4
+            assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def new_request(index: int, length: int, generator: torch.Generator) -> Request:
+    token_ids = torch.randint(0, SHAPE["vocab_size"], (length + 4,), generator=generator).tolist()
+    pages = list(range(index * 20, index * 20 + 20))
+    return Request(index, token_ids, length, SamplingParams(), 8, frozenset(), [], pages=pages)
