@@ -181,17 +181,14 @@ class Statistics:
         if now < self._written + STATS_SECONDS:
             return
         self.write()
-        seconds = now - self._reported
-        if seconds >= REPORT_SECONDS:
-            self._report(seconds)
-            self._reported = now
+        if self._core.busy:
+            if now < self._reported + REPORT_SECONDS:
+                return
+            self._report(now - self._reported)
+        self._reported, self._reported_tokens = now, self._worker.stats["tokens_generated"]
 
     def _report(self, seconds: float) -> None:
         stats = self._worker.stats
-        tokens = stats["tokens_generated"] - self._reported_tokens
-        self._reported_tokens += tokens
-        if not tokens:
-            return
         logger.log(
             self._level,
             "running %d, waiting %d, KV pages %d of %d used, %.0f tokens/s, last step %.2f ms, preemptions %d",
@@ -199,7 +196,7 @@ class Statistics:
             stats["waiting"],
             stats["kv_pages_total"] - stats["kv_pages_free"],
             stats["kv_pages_total"],
-            tokens / seconds,
+            (stats["tokens_generated"] - self._reported_tokens) / seconds,
             stats["step_ms"],
             stats["preemptions"],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,3 +251,17 @@ def test_the_real_process_serves_the_demo_model(wiring: Wiring) -> None:
         assert until_ended(detokenizer, 3)[3][1] is FinishReason.ABORT
         stats = process.wait_stats(lambda stats: stats.get("running") == 0)
         assert (stats["kv_pages_free"], stats["kv_pages_leaked"], stats["frames_dropped"]) == (32, 0, 2)
+
+
+def test_a_busy_loop_reports_now_and_then(
+    start: Callable[..., ServingThread], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("minisgl.scheduler_proc.main.STATS_SECONDS", 0.0)
+    monkeypatch.setattr("minisgl.scheduler_proc.main.REPORT_SECONDS", 0.0)
+    caplog.set_level(logging.DEBUG, "minisgl.scheduler_proc.main")
+    serving = start(FakeEngine(num_pages=64))
+    serving.announce_detokenizers()
+    serving.send(tokenized(10, [5], ignore_eos=True, max_new_tokens=3))
+    until_ended(serving.detokenizers[0], 10)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines and all(line.startswith("running 1, waiting 0, KV pages ") for line in lines)
