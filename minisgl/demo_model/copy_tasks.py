@@ -177,6 +177,4 @@ def vocabulary(rng: random.Random, chinese: bool) -> Turn:
     if roll < 0.75:
         user = phrase(rng, rng.choice(TO_CHINESE), w=rng.choice((bare, english)))
         return Turn(user, f"In Chinese, {bare} is {zh}. {emoji}")
-    return Turn(
-        phrase(rng, rng.choice(ZH_TO_EN_ASKED_IN_EN), w=zh), f"In English, {zh} is {bare}. {emoji}"
-    )
+    return Turn(phrase(rng, rng.choice(ZH_TO_EN_ASKED_IN_EN), w=zh), f"In English, {zh} is {bare}. {emoji}")

@@ -11,12 +11,13 @@ import pathlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from . import calendar_tasks, copy_tasks, demo_model_dir, names, tasks
+from . import calendar_tasks, copy_tasks, demo_model_dir, letter_tasks, names, tasks
 from .tasks import Task, Turn
 from .text_generator import other_turn
 
@@ -95,10 +96,12 @@ CASE_MAKERS: dict[str, CaseMaker] = {
     "counting": task_case(tasks.counting, False),
     "counting, Chinese": task_case(tasks.counting_zh, True),
     "counting down": task_case(tasks.counting_down, False),
-    "spelling": task_case(tasks.spelling, False),
-    "spelling, Chinese": task_case(tasks.spelling_zh, True),
-    "reversing": task_case(tasks.reversing, False),
-    "reversing, Chinese": task_case(tasks.reversing_zh, True),
+    "counting down, Chinese": task_case(tasks.counting_down_zh, True),
+    "spelling": task_case(letter_tasks.spelling, False),
+    "spelling, Chinese": task_case(letter_tasks.spelling_zh, True),
+    "reversing": task_case(letter_tasks.reversing, False),
+    "reversing, Chinese": task_case(letter_tasks.reversing_zh, True),
+    "counting letters": task_case(letter_tasks.letter_count, False),
     "days": task_case(calendar_tasks.day_order, False),
     "days, Chinese": task_case(calendar_tasks.day_order_zh, True),
     "months": task_case(calendar_tasks.month_order, False),
@@ -121,16 +124,14 @@ def make_cases(task: str, count: int, seed: int) -> list[Case]:
 
 
 @torch.inference_mode()
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: list[Case], batch_size: int
-) -> list[str]:
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: list[Case], batch_size: int) -> list[str]:
     """Return the greedy answers, batching cases of similar length."""
     prompts = [
-        tokenizer.apply_chat_template(case.messages(), add_generation_prompt=True, tokenize=False)
-        for case in cases
+        tokenizer.apply_chat_template(case.messages(), add_generation_prompt=True, tokenize=False) for case in cases
     ]
     order = sorted(range(len(cases)), key=lambda index: len(cases[index].turn.assistant))
     answers = [""] * len(cases)
+    generate = cast(Callable[..., torch.Tensor], model.generate)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         inputs = tokenizer(
@@ -143,10 +144,8 @@ def answer(
         # A wrong answer may run on; a right one is never longer than the expected answer.
         expected = [cases[index].turn.assistant for index in batch]
         limit = max(len(ids) for ids in tokenizer(expected)["input_ids"]) + 4
-        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        texts = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        output = generate(**inputs, max_new_tokens=limit, do_sample=False)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
     return answers
@@ -154,7 +153,8 @@ def answer(
 
 def load(folder: pathlib.Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model in float32 and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.train(False)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -175,11 +175,7 @@ def main() -> None:
     for task in CASE_MAKERS:
         cases = make_cases(task, arguments.cases, arguments.seed)
         answers = answer(model, tokenizer, cases, arguments.batch_size)
-        failures = [
-            (case.turn, text)
-            for case, text in zip(cases, answers, strict=True)
-            if text != case.turn.assistant
-        ]
+        failures = [(case.turn, text) for case, text in zip(cases, answers, strict=True) if text != case.turn.assistant]
         share = 100 * (1 - len(failures) / len(cases))
         print(f"| {task} | {len(cases)} | {share:.1f} % |", flush=True)
         for turn, text in failures[: arguments.show_failures]:

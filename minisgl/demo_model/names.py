@@ -22,9 +22,7 @@ def draw_english_name(rng: random.Random, held_out: bool) -> str:
             name = "".join(rng.choice(NAME_SYLLABLES) for _ in range(rng.randint(1, 3)))
             name += rng.choice(NAME_ENDINGS)
             if roll > 0.95:
-                name = "".join(
-                    rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7))
-                )
+                name = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7)))
             name = name.capitalize()
         if len(name) > 1 and is_held_out("name", name.lower()) == held_out:
             break
@@ -42,9 +40,7 @@ def draw_chinese_name(rng: random.Random, held_out: bool) -> str:
             name = rng.choice(NICKNAMES_ZH)
         elif roll < 0.9:
             name = rng.choice(SURNAMES_ZH) if rng.random() < 0.7 else ""
-            name += "".join(
-                rng.choice(GIVEN_ZH) for _ in range(2 if not name else rng.randint(1, 2))
-            )
+            name += "".join(rng.choice(GIVEN_ZH) for _ in range(2 if not name else rng.randint(1, 2)))
         else:
             count = rng.randint(2, 3)
             name = "".join(chr(rng.randint(CJK_FIRST, CJK_LAST)) for _ in range(count))

@@ -111,7 +111,8 @@ class Attention(nn.Module):
             assert isinstance(out, Tensor)
         else:
             out = functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        joined: Tensor = self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        return joined
 
 
 class FeedForward(nn.Module):
@@ -124,7 +125,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -139,7 +141,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Decoder(nn.Module):

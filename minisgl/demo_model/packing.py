@@ -40,9 +40,7 @@ def encode(tokenizer: Tokenizer, batch: list[list[Segment]]) -> list[NDArray[np.
     return encoded
 
 
-def pack_shard(
-    shard: int, *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int
-) -> NDArray[np.uint16]:
+def pack_shard(shard: int, *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int) -> NDArray[np.uint16]:
     """Generate documents of one shard and fill its rows; gaps are padded and not learned."""
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     padding = tokenizer.token_to_id(END_OF_TEXT)
@@ -75,9 +73,7 @@ class RowBuilder:
     loading PyTorch anew.
     """
 
-    def __init__(
-        self, *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int, workers: int
-    ) -> None:
+    def __init__(self, *, seed: int, tokenizer_path: pathlib.Path, context: int, rows: int, workers: int) -> None:
         self._rows = rows
         pack = partial(
             pack_shard,

@@ -1,5 +1,7 @@
 """Plain documents without chat markup, so that raw prompts continue and end sensibly."""
 
+# ruff: noqa: SIM905 (long lists are easier to read as text that is split)
+
 from __future__ import annotations
 
 import random
@@ -89,18 +91,7 @@ SENTENCES_ZH = [
     "如果你看到{hero}，请说你好。👋",
     "他们一起去了{place}，玩得很开心。🎉",
 ]
-ADJECTIVES = [
-    "old",
-    "young",
-    "little",
-    "big",
-    "happy",
-    "quiet",
-    "clever",
-    "sleepy",
-    "brave",
-    "friendly",
-]
+ADJECTIVES = ("old young little big happy quiet clever sleepy brave friendly").split()
 
 
 def sentence(rng: random.Random, chinese: bool) -> str:

@@ -4,6 +4,8 @@ Every sentence is chosen with a favourite that depends on the hero, so that diff
 different stories and sampling gives variants of each (see ``holdout.favourite``).
 """
 
+# ruff: noqa: SIM905 (long lists are easier to read as text that is split)
+
 from __future__ import annotations
 
 import random
@@ -14,38 +16,8 @@ from .letter_tasks import draw_word
 from .tasks import Turn, phrase, phrase_zh
 from .words import HEROES, NAMES_EN, PLACES, SUBJECTS_EN
 
-HERO_NAMES = [
-    "Mia",
-    "Tom",
-    "Lily",
-    "Max",
-    "Nora",
-    "Leo",
-    "Zoe",
-    "Finn",
-    "Ruby",
-    "Sam",
-    "Luna",
-    "Otto",
-    "Ella",
-    "Hugo",
-    "Ivy",
-    "Ben",
-]
-HERO_NAMES_ZH = [
-    "小明",
-    "小红",
-    "乐乐",
-    "豆豆",
-    "圆圆",
-    "丁丁",
-    "阿宝",
-    "小月",
-    "小雨",
-    "贝贝",
-    "欢欢",
-    "安安",
-]
+HERO_NAMES = ("Mia Tom Lily Max Nora Leo Zoe Finn Ruby Sam Luna Otto Ella Hugo Ivy Ben").split()
+HERO_NAMES_ZH = ("小明 小红 乐乐 豆豆 圆圆 丁丁 阿宝 小月 小雨 贝贝 欢欢 安安").split()
 
 OPENINGS = [
     "Once upon a time, there was a {adj} {hero} named {name}.",
@@ -56,28 +28,11 @@ OPENINGS = [
     "Everyone {where} knew {name}, the {adj} {hero}.",
     "One bright morning, a {adj} {hero} named {name} woke up {where}.",
 ]
-ADJECTIVES = [
-    "little",
-    "brave",
-    "curious",
-    "gentle",
-    "clever",
-    "shy",
-    "cheerful",
-    "kind",
-    "sleepy",
-    "tiny",
-]
-WHERE = [
-    "near the old bridge",
-    "at the edge of the forest",
-    "by the blue lake",
-    "on a green hill",
-    "in a small town",
-    "behind the red mill",
-    "at the end of a long street",
-    "under a tall tree",
-]
+ADJECTIVES = ("little brave curious gentle clever shy cheerful kind sleepy tiny").split()
+WHERE = (
+    "near the old bridge|at the edge of the forest|by the blue lake|on a green hill|"
+    "in a small town|behind the red mill|at the end of a long street|under a tall tree"
+).split("|")
 WISHES = [
     "{name} wanted to see the sea.",
     "{name} dreamed of finding a hidden garden.",
@@ -109,20 +64,7 @@ HELPERS = [
     '"Let us try together," said a small {helper}.',
     "A {helper} laughed and showed {name} a secret path.",
 ]
-HELPER_NOUNS = [
-    "owl",
-    "turtle",
-    "mouse",
-    "bear",
-    "fox",
-    "frog",
-    "bird",
-    "hedgehog",
-    "snail",
-    "duck",
-    "rabbit",
-    "whale",
-]
+HELPER_NOUNS = ("owl turtle mouse bear fox frog bird hedgehog snail duck rabbit whale").split()
 SOLUTIONS = [
     "Step by step, they found what they were looking for.",
     "They worked all night, and in the morning it was done.",
@@ -156,16 +98,8 @@ OPENINGS_ZH = [
     "在{where}，大家都认识{name}，一个{adj}的{hero}。",
     "一天早上，{adj}的{hero}{name}在{where}醒来了。",
 ]
-ADJECTIVES_ZH = ["小小", "勇敢", "好奇", "温柔", "聪明", "害羞", "快乐", "善良", "可爱"]
-WHERE_ZH = [
-    "森林边",
-    "蓝色的湖边",
-    "绿色的山坡上",
-    "一个小镇上",
-    "老桥旁边",
-    "一棵大树下",
-    "长街的尽头",
-]
+ADJECTIVES_ZH = ("小小 勇敢 好奇 温柔 聪明 害羞 快乐 善良 可爱").split()
+WHERE_ZH = ("森林边 蓝色的湖边 绿色的山坡上 一个小镇上 老桥旁边 一棵大树下 长街的尽头").split()
 WISHES_ZH = [
     "{name}很想去看大海。",
     "{name}一直想找到一个秘密花园。",
@@ -190,7 +124,7 @@ HELPERS_ZH = [
     "一位{helper}听说了，带来了一盏温暖的灯。",
     "“我们一起试试吧。”一位小{helper}说。",
 ]
-HELPER_NOUNS_ZH = ["猫头鹰", "乌龟", "老鼠", "熊", "狐狸", "青蛙", "刺猬", "蜗牛", "鸭子", "兔子"]
+HELPER_NOUNS_ZH = ("猫头鹰 乌龟 老鼠 熊 狐狸 青蛙 刺猬 蜗牛 鸭子 兔子").split()
 SOLUTIONS_ZH = [
     "他们一步一步地走，终于找到了。",
     "他们忙了一整夜，早上终于成功了。",
@@ -338,23 +272,11 @@ ASKS_ZH = [
     "{x}的故事",
     "再讲一个{x}的故事",
 ]
-ASKS_ANY_ZH = [
-    "*讲一个故事",
-    "*讲个故事",
-    "*讲个故事吧",
-    "*给我讲个故事",
-    "*给我讲一个小故事",
-    "*说个故事",
-    "*写一个故事",
-    "再讲一个故事",
-    "再来一个故事",
-    "再讲一个",
-    "*用中文讲个故事",
-    "*用中文讲一个故事",
-    "我想听故事",
-    "你会讲故事吗？",
-    "好啊，讲个小故事吧",
-]
+ASKS_ANY_ZH = (
+    "*讲一个故事 *讲个故事 *讲个故事吧 *给我讲个故事 *给我讲一个小故事 *说个故事 "
+    "*写一个故事 再讲一个故事 再来一个故事 再讲一个 *用中文讲个故事 *用中文讲一个故事 "
+    "我想听故事 你会讲故事吗？ 好啊，讲个小故事吧"
+).split()
 
 
 def plural(noun: str) -> str:
@@ -429,9 +351,7 @@ def story_in_other_language(rng: random.Random, chinese: bool) -> Turn:
         "*Tell me a story in Chinese about a {x}.",
     ]
     if rng.random() < 0.4:
-        ask = rng.choice(
-            ["*Tell me a story in Chinese.", "*Write a story in Chinese.", "A Chinese story"]
-        )
+        ask = rng.choice(["*Tell me a story in Chinese.", "*Write a story in Chinese.", "A Chinese story"])
         _, zh, emoji = favourite(rng, HEROES, ask, 0.6)
         return Turn(phrase(rng, ask), compose(rng, True, Topic(zh, emoji)))
     user = phrase(rng, rng.choice(asks), x=english)

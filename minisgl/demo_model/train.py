@@ -83,9 +83,9 @@ class Trainer:
         ids, labels, owner = unpack(words)
         mask = self._mask(owner)
         with torch.autocast(self.device, dtype=torch.bfloat16):
-            loss = self._forward(ids, labels, mask)
+            loss: Tensor = self._forward(ids, labels, mask)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.detach()
 
     def compile(self, rows: int, context: int) -> None:
@@ -119,17 +119,14 @@ class Trainer:
                 print(f"step {step + 1} loss {mean:.4f} after {seconds:.0f} s", flush=True)
 
 
-def export(
-    network: Network, config: NetworkConfig, tokenizer: Tokenizer, out: pathlib.Path
-) -> None:
+def export(network: Network, config: NetworkConfig, tokenizer: Tokenizer, out: pathlib.Path) -> None:
     """Write the weights in bfloat16 and the configuration files."""
     weights = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, value in network.state_dict().items()
+        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.state_dict().items()
     }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    pad_id = tokenizer.token_to_id(END_OF_TEXT)
-    end_ids = [tokenizer.token_to_id(IM_END), pad_id]
+    pad_id, im_end_id = (tokenizer.encode(token).ids[0] for token in (END_OF_TEXT, IM_END))
+    end_ids = [im_end_id, pad_id]
     generation = {
         "bos_token_id": pad_id,
         "do_sample": False,
@@ -149,10 +146,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=7800)
     parser.add_argument("--rows", type=int, default=16, help="rows in a step")
     parser.add_argument("--context", type=int, default=4096, help="tokens in a row")
-    parser.add_argument("--total-rows", type=int, default=49_152, help="rows generated")
+    parser.add_argument("--total-rows", type=int, default=32_768, help="rows generated")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report-every", type=int, default=250)

@@ -6,7 +6,8 @@ import random
 
 from .holdout import favourite
 from .letter_tasks import draw_word
-from .smalltalk import SKILLS_EN, SKILLS_ZH
+from .smalltalk_en import SKILLS_EN
+from .smalltalk_zh import SKILLS_ZH
 from .tasks import Turn, phrase, phrase_zh
 from .words import HEROES, NAMES_EN, PLACES, SUBJECTS_EN, SUBJECTS_ZH
 
@@ -266,18 +267,14 @@ def other_sum(rng: random.Random, chinese: bool) -> Turn:
 def draw_subject(rng: random.Random, chinese: bool) -> str:
     """Draw something to ask about; half of the time it is a word seen nowhere else."""
     if chinese:
-        return rng.choice(
-            SUBJECTS_ZH if rng.random() < 0.7 else [zh for _, zh, _ in HEROES + PLACES]
-        )
+        return rng.choice(SUBJECTS_ZH if rng.random() < 0.7 else [zh for _, zh, _ in HEROES + PLACES])
     roll = rng.random()
     if roll < 0.4:
         return rng.choice(SUBJECTS_EN)
     if roll < 0.55:
         return rng.choice(["a ", "the ", "my ", "", ""]) + rng.choice(HEROES)[0]
     count = rng.choice((1, 1, 2, 3))
-    return rng.choice(["", "", "the ", "a "]) + " ".join(
-        draw_word(rng, False) for _ in range(count)
-    )
+    return rng.choice(["", "", "the ", "a "]) + " ".join(draw_word(rng, False) for _ in range(count))
 
 
 def unknown(rng: random.Random, chinese: bool) -> Turn:
