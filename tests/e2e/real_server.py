@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -79,11 +80,13 @@ class RealServer:
     def run_dirs(self) -> list[Path]:
         return list(Path(tempfile.gettempdir()).glob(f"minisgl-run-{self.pid}-*"))
 
-    def kill(self) -> None:
-        """The end of a test, however it went."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
+    def end(self) -> None:
+        """After a test, however it went: stop at once, by force if need be."""
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.3 if number is signal.SIGTERM else 10)
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0) -> float:
@@ -233,12 +236,12 @@ class HealthLog:
 
 
 def starting(log: Path, *settings: str) -> Iterator[RealServer]:
-    """A started server for a fixture; killed at the end if it still runs."""
+    """A started server for a fixture; ended with it if it still runs."""
     server = RealServer(log, *settings)
     try:
         yield server
     finally:
-        server.kill()
+        server.end()
 
 
 def send_signal(pid: int, number: signal.Signals) -> float:

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,23 @@ def test_a_process_that_hangs_for_good_is_replaced(server: RealServer, expected:
     assert server.health()[1]["workers"]["tokenizer-0"]["restarts"] == restarts + 1
 
 
+def test_a_stopped_launcher_is_reported_and_blames_nobody_when_it_goes_on(server: RealServer) -> None:
+    before = server.worker_pids()
+    stopped_at = send_signal(server.pid, signal.SIGSTOP)
+    try:
+        until(lambda: server.health()[0] == 503, 2)
+        problems = server.health()[1]["problems"]
+        assert time.monotonic() - stopped_at < 1.5
+        assert problems[0].startswith("the supervisor has been silent for 1.")
+        assert ask(server.url, LONG[0]).complete, "the ring turns without it"
+        time.sleep(HANG_TIMEOUT)
+    finally:
+        send_signal(server.pid, signal.SIGCONT)
+    until(lambda: server.health()[0] == 200, 2)
+    time.sleep(0.5)
+    assert server.worker_pids() == before
+
+
 # ---- garbage --------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +299,7 @@ def well_formed_nonsense(rng: random.Random) -> list[Any]:
             GenerateRequest(rid, [{"role": 3}], SamplingParams(stop=("",)), []),
             TokenizedRequest(rid, [], SamplingParams(), []),
             TokenizedRequest(rid, [3], SamplingParams(max_new_tokens=1), []),
+            TokenizedRequest(rid ^ 1, [10**6, -3], SamplingParams(temperature=float("nan"), top_k=-9), []),
             TokenBatch(0, 1, 1, 0, 0, [], [rid], [5], [FinishReason.NONE]),
             TokenBatch(
                 99, 0, -1, 0, 0, [StreamOpen(rid, 1, 0, [""], True, False, [])], [rid], [-7], [FinishReason.STOP]
