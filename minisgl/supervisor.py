@@ -135,7 +135,7 @@ class Supervisor:
         elif self._drain_deadline is None:
             self._drain_deadline = time.monotonic() + self._config.drain_timeout
             logger.info("draining: running requests may finish, new ones are refused; a second signal stops at once")
-            self._send((worker for worker in self._workers.values() if worker.kind == "http"), Drain())
+            self._send(self._of_kind("http"), Drain())
             self._send_health()
         else:
             logger.info("stopping at once")
@@ -210,15 +210,15 @@ class Supervisor:
         worker.epoch += 1
         address = self._launcher.inbox_address(worker.name, worker.epoch)
         spec = WorkerSpec(
-            worker.name,
-            worker.kind,
-            worker.index,
-            worker.epoch,
-            address,
-            self._control_address,
-            self._replicas,
-            self._config,
-            self._model,
+            name=worker.name,
+            kind=worker.kind,
+            index=worker.index,
+            epoch=worker.epoch,
+            inbox_address=address,
+            control_address=self._control_address,
+            replicas=self._replicas,
+            config=self._config,
+            model=self._model,
         )
         worker.begin(time.monotonic(), self._launcher.start(spec, partial(self._exited, worker)), address)
 
@@ -255,8 +255,8 @@ class Supervisor:
 
     def _can_do_without(self, worker: WorkerRecord) -> bool:
         """Whether another replica serves, which must not end because this one cannot live."""
-        others = (other for other in self._workers.values() if other is not worker and other.kind == "scheduler")
-        return worker.kind == "scheduler" and any(other.state is State.READY for other in others)
+        replicas = self._of_kind("scheduler")
+        return worker in replicas and any(replica.state is State.READY for replica in replicas)
 
     def _restart_when_due(self, worker: WorkerRecord, now: float) -> None:
         if worker.state is State.DEAD and now >= worker.restart_at():
@@ -302,15 +302,14 @@ class Supervisor:
         timeout = f"{self._config.startup_timeout:g} s"
         self._fail(f"{worker.name} was not ready after {timeout}{stage}; --startup-timeout allows more")
 
-    def _living_http(self) -> list[WorkerRecord]:
-        return [worker for worker in self._workers.values() if worker.kind == "http" and worker.state is State.READY]
-
     def _in_flight(self) -> int:
-        return sum(worker.stats.get("in_flight", 0) for worker in self._living_http())
+        """Requests that the living http workers still answer."""
+        return sum(worker.stats.get("in_flight", 0) for worker in self._of_kind("http") if worker.state is State.READY)
 
     def _drained(self) -> bool:
         """No request is left, by the word of http workers that have heard of the drain."""
-        return not self._in_flight() and all(worker.stats.get("draining") for worker in self._living_http())
+        heard = all(worker.stats.get("draining") for worker in self._of_kind("http") if worker.state is State.READY)
+        return heard and not self._in_flight()
 
     def _problems(self, now: float) -> list[str]:
         problems = [worker.problem(now, self._watched_since) for worker in self._workers.values()]
@@ -323,8 +322,10 @@ class Supervisor:
     def _send_health(self) -> None:
         now = time.monotonic()
         workers = {worker.name: worker.health(now) for worker in self._workers.values()}
-        http = (worker for worker in self._workers.values() if worker.kind == "http")
-        self._send(http, Health(self._problems(now), workers))
+        self._send(self._of_kind("http"), Health(self._problems(now), workers))
+
+    def _of_kind(self, kind: str) -> list[WorkerRecord]:
+        return [worker for worker in self._workers.values() if worker.kind == kind]
 
     def _send(self, workers: Iterable[WorkerRecord], message: Message) -> None:
         for worker in workers:

@@ -48,7 +48,7 @@ class Limits:
         return cls(SILENCE_SECONDS, config.hang_timeout, stall, stall_fatal)
 
 
-@dataclass
+@dataclass(eq=False)
 class WorkerRecord:
     """One worker through all its lives. Times are seconds of CLOCK_MONOTONIC."""
 
