@@ -162,7 +162,7 @@ def scheduler_limits(config: ServerConfig, model: ModelSpec, device_name: str) -
         context_length=config.context_length or model.context_length,
         max_running=config.max_running_requests or (256 if on_cuda else 64),
         step_tokens=config.chunked_prefill_size or (8192 if on_cuda else 512),
-        eos_ids=frozenset(model.eos_token_ids),
+        eos_ids=frozenset(token_id for token_id in model.eos_token_ids if token_id < model.vocab_size),
         vocab_size=model.vocab_size,
     )
 

@@ -135,10 +135,9 @@ class Scheduler:
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
         rows: list[StepRow] = []
-        pages_sufficed = self._plan_decodes(rows)
+        self._plan_decodes(rows)
         decode_rows = len(rows)
-        if pages_sufficed:
-            self._plan_prompts(rows, max(self.limits.step_tokens - decode_rows, self._least_prefill))
+        self._plan_prompts(rows, max(self.limits.step_tokens - decode_rows, self._least_prefill))
         if not rows:
             return None
         self._planned_step += 1
@@ -181,9 +180,9 @@ class Scheduler:
 
     # ---- how a step is made ----
 
-    def _plan_decodes(self, rows: list[StepRow]) -> bool:
-        """Add a row for every request that decodes, oldest first; False when KV pages ran short on the way."""
-        running, page_size, pages_sufficed = self._running, self.pages.page_size, True
+    def _plan_decodes(self, rows: list[StepRow]) -> None:
+        """Add a row for every request that decodes, oldest first, as far as KV pages go."""
+        running, page_size = self._running, self.pages.page_size
         index = 0
         # Preemption shortens the list from its end while this walks it from its start.
         while index < len(running):
@@ -194,12 +193,10 @@ class Scheduler:
             if position + 1 != known or known - request.prompt_len >= request.max_new_tokens:
                 continue
             if position == len(request.pages) * page_size and not self._grow(request):
-                pages_sufficed = False
                 continue
             rows.append(StepRow(request, position, 1, True))
             request.computed = known
             request.pending += 1
-        return pages_sufficed
 
     def _grow(self, request: Request) -> bool:
         """Give a decoding request one more page, taken from the newest running requests if need be.
@@ -222,7 +219,7 @@ class Scheduler:
     def _plan_prompts(self, rows: list[StepRow], budget: int) -> None:
         """Add prompt chunks of at most `budget` tokens together, admitting waiting requests as far as that goes."""
         # Prompts fill up in order, so only the newest running request can be in the middle of its prompt.
-        if self._running:
+        if self._running and self._running[-1].computed + 1 < len(self._running[-1].token_ids):
             budget -= self._plan_chunk(rows, self._running[-1], budget)
         while budget > 0 and self._waiting and self._admit(self._waiting[0]):
             budget -= self._plan_chunk(rows, self._running[-1], budget)
@@ -231,8 +228,6 @@ class Scheduler:
         """Add the next chunk of a prompt that is not computed to its end; the number of tokens it takes."""
         start, known = request.computed, len(request.token_ids)
         length = min(known - start, budget)
-        if length <= 0:
-            return 0
         request.computed = start + length
         last = request.computed == known
         request.pending += last
