@@ -201,7 +201,9 @@ def write_tokenizer(shape: Shape, out: Path) -> None:
 
 
 def make_model(name: str, out: Path, weights: bool = True, dtype: str = "bfloat16", seed: int = 0) -> None:
-    """Write the whole directory; an existing one is overwritten file by file."""
+    """Write the whole directory; raises FileExistsError rather than touch one that holds anything."""
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name a directory that does not exist yet")
     shape = SHAPES[name]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config_json(shape, dtype), indent=2))
@@ -220,7 +222,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make_model(arguments.name, arguments.out, not arguments.no_weights, arguments.dtype, arguments.seed)
+    try:
+        make_model(arguments.name, arguments.out, not arguments.no_weights, arguments.dtype, arguments.seed)
+    except FileExistsError as error:
+        parser.error(str(error))
     print(f"wrote {arguments.name}'s shape to {arguments.out}")
 
 

@@ -29,7 +29,7 @@ from benchlib.anatomy import (
 )
 from benchlib.load import Load, LoadGenerator, RequestRecord
 from benchlib.progress import output, progress_bar, say
-from benchlib.servers import Server
+from benchlib.servers import Server, ServerError
 from benchlib.stats import percentile
 from benchlib.workloads import Lengths, Workload, load_tokenizer, poisson_arrivals
 from rich.table import Table
@@ -49,6 +49,16 @@ BAR_WIDTH = 44
 def main() -> int:
     arguments = make_parser().parse_args()
     options.exit_on_sigterm()
+    try:
+        records = measure(arguments)
+    except ServerError as error:
+        say(f"REFUSED: {error}")
+        return 1
+    return report(records, arguments)
+
+
+def measure(arguments: argparse.Namespace) -> list[RequestRecord]:
+    """One record per request; raises ServerError when the server does not start."""
     with contextlib.ExitStack() as stack:
         generator = stack.enter_context(LoadGenerator(arguments.client_processes))
         setup = options.make_setup(arguments, ("minisgl",))
@@ -71,8 +81,7 @@ def main() -> int:
         generator.run(Load(target, warm_up, len(warm_up)))
         with progress_bar() as bar:
             task = bar.add_task("measuring", total=arguments.requests)
-            records = generator.run(load, lambda ended: bar.advance(task, ended)).records
-    return report(records, arguments)
+            return generator.run(load, lambda ended: bar.advance(task, ended)).records
 
 
 def report(records: Sequence[RequestRecord], arguments: argparse.Namespace) -> int:
@@ -114,6 +123,10 @@ def waterfall(anatomies: Sequence[Anatomy], arguments: argparse.Namespace) -> Ta
     mean = sum(ttfb) / len(ttfb)
     worst = max(anatomy.deviation for anatomy in anatomies)
     table = Table(title=f"Time to first byte: {title_of(arguments)}", caption=verdict(worst, spoiled(anatomies)))
+    if any(hop.mean_us < 0 for hop in hops):
+        table.caption = (
+            f"{table.caption}\nbelow 0: the client had read the byte before the server noted that it was written"
+        )
     for heading in ("hop", "in"):
         table.add_column(heading)
     for heading in ("mean us", "p50 us", "p99 us", "share"):

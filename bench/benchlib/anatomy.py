@@ -26,7 +26,7 @@ HOPS = (
     ("detokenize", "detokenizer", "token id to text"),
     ("pipe_to_http", "pipe", "detokenizer to http"),
     ("write", "http", "render and hand to the socket"),
-    ("receive", "client", "until the client has read the first byte"),
+    ("receive", "client", "until the client has read the first byte; below 0 when it was faster than http's stamp"),
 )
 """(name, who spends the time, what it is), in the order of a request's way."""
 

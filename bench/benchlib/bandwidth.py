@@ -63,14 +63,14 @@ def checkpoint_dtype(config: dict[str, Any]) -> str:
 
 
 def copy_bandwidth(device: str) -> dict[str, Any]:
-    """Measure a large device-to-device copy, counting bytes read plus bytes written; the best of ten.
+    """Measure a large device-to-device copy, counting bytes read plus bytes written; the best of eight.
 
     Keys: device, name, copy_bytes_per_s, buffer_bytes, torch. Needs torch; run it in a process of its own
     (`measure`), so that the benchmark itself holds no device memory.
     """
     import torch
 
-    buffer_bytes = 4 * 2**30 if device == "cuda" else 512 * 2**20
+    buffer_bytes = 4 * 2**30 if device == "cuda" else 256 * 2**20
     source = torch.randint(0, 127, (buffer_bytes,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
@@ -79,7 +79,7 @@ def copy_bandwidth(device: str) -> dict[str, Any]:
             getattr(torch, device).synchronize()
 
     best = float("inf")
-    for repeat in range(12):
+    for repeat in range(10):
         synchronize()
         begin = time.perf_counter()
         target.copy_(source)

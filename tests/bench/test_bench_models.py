@@ -80,3 +80,13 @@ def test_a_made_model_loads_and_generates_in_transformers(tmp_path, monkeypatch)
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
     )
     assert 4 <= generated.shape[1] <= 8
+
+
+def test_a_folder_that_holds_anything_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("precious")
+    monkeypatch.setattr("sys.argv", ["make_model.py", "Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        make_model.main()
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "precious"
