@@ -17,7 +17,6 @@ import torch
 from minisgl.config import ServerConfig
 from minisgl.model_source import resolve_model
 from minisgl.sampling_params import SamplingParams
-from minisgl.scheduler_proc.cuda_graphs import StepLogits
 from minisgl.scheduler_proc.engine import StepEngine
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
 

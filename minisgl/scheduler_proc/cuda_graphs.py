@@ -163,8 +163,20 @@ class GraphRunner:
             if sampling:
                 take(sampling, result)
 
+    def graph_of(self, plan: StepPlan) -> torch.cuda.CUDAGraph:
+        """The graph that runs a plan of decode rows alone, or of chunks that fit one graph (for measuring it)."""
+        if plan.decode_rows:
+            return self._decode_graphs[self._decode_size(plan.decode_rows)][0]
+        key = _prefill_key(sum(row.length for row in plan.rows), len(plan.rows), list(self._prefill_graphs))
+        if key is None:
+            raise ValueError("no graph fits this plan")
+        return self._prefill_graphs[key][0]
+
+    def _decode_size(self, rows: int) -> int:
+        return next(size for size in self._decode_sizes if size >= rows)
+
     def _decode(self, rows: list[StepRow]) -> StepLogits:
-        size = next(size for size in self._decode_sizes if size >= len(rows))
+        size = self._decode_size(len(rows))
         padding = size - len(rows)
         page_size = self._page_size
         counts = [row.start // page_size + 1 for row in rows]

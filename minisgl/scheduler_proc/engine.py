@@ -53,6 +53,8 @@ class StepEngine:
         num_pages: KV pages; their ids are 0 .. num_pages - 1.
         device_name: torch's name of the device first, then what it is.
         dtype_name: precision of weights and KV, such as bfloat16.
+        weight_bytes, kv_bytes_per_token: memory of the weights, and of one token's keys and values in all layers.
+        graphs: the CUDA path; None where it does not apply.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class StepEngine:
         self.num_pages = num_pages
         self.device_name = describe(device, threads)
         self.dtype_name = str(pool.layers[0].dtype).removeprefix("torch.")
+        self.weight_bytes = model.weight_bytes
+        self.kv_bytes_per_token = bytes_per_token(model.kv_shapes, pool.layers[0].dtype)
         self._model = model
         self._attention = attention
-        self._graphs = graphs
+        self.graphs = graphs
         self._limits = limits
         self._device = device
         self._warned = False
@@ -134,8 +138,8 @@ class StepEngine:
                 activation_bytes=activation_bytes,
             )
             engine = make_engine(num_pages)
-            if engine._graphs is not None and not config.disable_cuda_graph:
-                engine._graphs.capture_all(lambda done, total: progress("capturing CUDA graphs", done, total))
+            if engine.graphs is not None and not config.disable_cuda_graph:
+                engine.graphs.capture_all(lambda done, total: progress("capturing CUDA graphs", done, total))
             return engine
 
     def warm_up(self) -> None:
@@ -164,8 +168,8 @@ class StepEngine:
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Start a step; returns before it is computed where the device allows that (CUDA)."""
         with torch.inference_mode():
-            if self._graphs is not None:
-                result = self._launch_fused(plan, self._graphs)
+            if self.graphs is not None:
+                result = self._launch_fused(plan, self.graphs)
             else:
                 columns = sampling_columns([row for row in plan.rows if row.sample])
                 batch, sampling = make_forward_batch(plan, self.page_size, self._device, columns)

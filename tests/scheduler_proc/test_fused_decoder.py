@@ -28,8 +28,8 @@ from minisgl.scheduler_proc.request import Request, StepPlan, StepRow  # noqa: E
 PAGE_SIZE, PAGES, CONTEXT = 4, 64, 128
 SHAPE = {
     "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -37,6 +37,8 @@ SHAPE = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    # A shape that the small-batch kernels do not cover.
+    "odd": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
 }
