@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forwa
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
 
 PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 6, 2, 8
-CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DECODE_LENGTHS = (1, 5, 30, 12, 31)
 CHUNKS = ((0, 9), (6, 5), (0, 1), (17, 4))
 """(start, length) of prefill rows."""
@@ -32,6 +32,7 @@ class History:
 
 def make_step(pool: KVPool) -> tuple[ForwardBatch, list[History]]:
     """A step of decode rows and chunks on scattered pages, whose earlier positions are in the pool."""
+    device = pool.layers[0].device
     free = np.random.default_rng(0).permutation(NUM_PAGES).tolist()
     rows, histories = [], []
     for start, length in [(length - 1, 1) for length in DECODE_LENGTHS] + list(CHUNKS):
@@ -39,12 +40,12 @@ def make_step(pool: KVPool) -> tuple[ForwardBatch, list[History]]:
         pages = [free.pop() for _ in range(-(-total // PAGE_SIZE))]
         request = Request(0, [0] * total, total, SamplingParams(), 1, frozenset(), [], pages=pages)
         rows.append(StepRow(request, start, length, True))
-        history = History(torch.randn(total, 2, KV_HEADS, HEAD_DIM), start)
+        history = History(torch.randn(total, 2, KV_HEADS, HEAD_DIM, device=device), start)
         for position in range(start):
             slot = pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
             pool.layers[1][slot] = history.key_value[position]
         histories.append(history)
-    batch, _ = make_forward_batch(StepPlan(1, rows, len(DECODE_LENGTHS)), PAGE_SIZE, CPU)
+    batch, _ = make_forward_batch(StepPlan(1, rows, len(DECODE_LENGTHS)), PAGE_SIZE, device)
     return batch, histories
 
 
@@ -65,10 +66,11 @@ def reference(query: torch.Tensor, history: History, spec: AttentionSpec) -> tor
     return output
 
 
-def new_pool() -> KVPool:
-    return KVPool([KVShape(KV_HEADS, HEAD_DIM)] * 2, NUM_PAGES, PAGE_SIZE, torch.float32, CPU)
+def new_pool(device: str = "cpu") -> KVPool:
+    return KVPool([KVShape(KV_HEADS, HEAD_DIM)] * 2, NUM_PAGES, PAGE_SIZE, torch.float32, torch.device(device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "spec",
     [
@@ -80,11 +82,13 @@ def new_pool() -> KVPool:
     ],
     ids=["full", "window", "softcap", "sinks", "all"],
 )
-def test_mixed_rows_equal_attention_written_out(spec: AttentionSpec) -> None:
+def test_mixed_rows_equal_attention_written_out(spec: AttentionSpec, device: str) -> None:
     torch.manual_seed(0)
-    pool = new_pool()
+    if spec.sinks is not None:
+        spec = replace(spec, sinks=spec.sinks.to(device))
+    pool = new_pool(device)
     batch, histories = make_step(pool)
-    query = torch.randn(len(batch.positions), HEADS, HEAD_DIM)
+    query = torch.randn(len(batch.positions), HEADS, HEAD_DIM, device=device)
     fresh = torch.cat([history.key_value[history.start :] for history in histories])
     output = make_attention("auto", pool).begin_step(batch).attend(1, query, fresh.clone(), spec)
 
@@ -109,7 +113,7 @@ def test_values_that_overflow_in_one_request_do_not_reach_the_next_owner_of_its_
         # A second row, so that the first is padded to a length of which it must see nothing.
         other = Request(1, [0] * 4, 4, SamplingParams(), 1, frozenset(), [], pages=[8])
         rows = [StepRow(request, position, 1, True), StepRow(other, 3, 1, True)]
-        batch, _ = make_forward_batch(StepPlan(1, rows, 2), PAGE_SIZE, CPU)
+        batch, _ = make_forward_batch(StepPlan(1, rows, 2), PAGE_SIZE, torch.device("cpu"))
         query = torch.ones(2, HEADS, HEAD_DIM)
         return attention.begin_step(batch).attend(0, query, key_value, spec)[0]
 
@@ -122,7 +126,7 @@ def test_values_that_overflow_in_one_request_do_not_reach_the_next_owner_of_its_
 
 def test_pool_size_is_what_was_counted() -> None:
     shapes = [KVShape(2, 8), KVShape(1, 16)]
-    pool = KVPool(shapes, 5, 4, torch.bfloat16, CPU)
+    pool = KVPool(shapes, 5, 4, torch.bfloat16, torch.device("cpu"))
     assert sum(layer.nbytes for layer in pool.layers) == 5 * 4 * bytes_per_token(shapes, torch.bfloat16)
     assert not any(layer.any() for layer in pool.layers)
 
