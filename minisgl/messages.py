@@ -375,7 +375,8 @@ class DeltaBatch:
     """detokenizer -> http: text deltas as columns, at most one row a request.
 
     Row i owns token_counts[i] of the concatenated token_ids (the tokens whose text it brings; EOS included).
-    `matched` maps the rows with FinishReason.STOP to the token id or stop string that matched.
+    `matched` maps the rows with FinishReason.STOP to the token id or stop string that matched. `steps_ns` holds
+    launched_ns and retired_ns of every step whose tokens are here.
     """
 
     rids: list[int] = field(default_factory=list)
@@ -385,6 +386,7 @@ class DeltaBatch:
     finishes: list[FinishReason] = field(default_factory=list)
     openings: list[Opening] = field(default_factory=list)
     matched: dict[int, int | str] = field(default_factory=dict)
+    steps_ns: list[int] = field(default_factory=list)
     TYPE: ClassVar[int] = 5
 
     def pack(self) -> list[Any]:
@@ -396,6 +398,7 @@ class DeltaBatch:
             bytes(self.finishes),
             [opening.pack() for opening in self.openings],
             [[row, match] for row, match in self.matched.items()],
+            pack_int64(self.steps_ns),
         ]
 
     @classmethod
@@ -408,6 +411,7 @@ class DeltaBatch:
         finishes: Any,
         openings: Any,
         matched: Any,
+        steps_ns: Any,
     ) -> DeltaBatch:
         batch = cls(
             unpack_int64(rids),
@@ -416,6 +420,7 @@ class DeltaBatch:
             unpack_int32(token_ids),
             _finish_column(finishes),
             [Opening.unpack(opening) for opening in _list(openings)],
+            steps_ns=unpack_int64(steps_ns),
         )
         rows = len(batch.rids)
         _same_length(batch.rids, batch.texts, batch.token_counts, batch.finishes)
@@ -601,7 +606,8 @@ class WorkerDown:
 class Health:
     """supervisor -> http, several times a second: `problems` (one sentence each, empty = healthy) and all workers.
 
-    `workers` maps a worker's name to {"state", "epoch", "pid", "restarts", "heartbeat_age_ms", "loop_age_ms", "stats"}.
+    `workers` maps a worker's name to {"state", "epoch", "pid", "restarts", "heartbeat_age_ms", "loop_age_ms", "info",
+    "stats"}; `info` is what it said with Ready.
     """
 
     problems: list[str]

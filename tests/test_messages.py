@@ -107,6 +107,7 @@ def delta_batches(draw: st.DrawFn) -> DeltaBatch:
         [row[3] for row in rows],
         draw(st.lists(st.builds(Opening, named, int64, int64, stamps), max_size=most)),
         draw(st.dictionaries(named, int64 | text, max_size=most)),
+        draw(stamps),
     )
 
 

@@ -93,6 +93,8 @@ class DetokenizerService:
         """Per replica the first epoch that is not known to be dead."""
         self._streams: dict[int, Stream] = {}
         self._news: dict[int, Stream] = {}
+        self._steps_ns: list[int] = []
+        """When the steps of this round were launched and retired."""
         self._counters: Counter[str] = Counter()
 
     def stats(self) -> JsonObject:
@@ -118,6 +120,7 @@ class DetokenizerService:
 
     def send_deltas(self) -> None:
         """Decode what arrived since the last call and send each http worker its part."""
+        steps_ns, self._steps_ns = self._steps_ns, []
         if not self._news:
             return
         news, self._news = self._news, {}
@@ -138,6 +141,7 @@ class DetokenizerService:
             _append_row(batches[stream.http_index], stream, delta)
         sent_ns = timeline.now()
         for http_index, batch in batches.items():
+            batch.steps_ns = steps_ns
             for opening in batch.openings:
                 opening.stamps.append(sent_ns)
             self._http.send(http_index, batch)
@@ -153,6 +157,7 @@ class DetokenizerService:
         if batch.replica not in range(len(self._live_epochs)) or batch.epoch < self._live_epochs[batch.replica]:
             self._counters["stale_rows"] += len(batch.rids)
             return
+        self._steps_ns += (batch.launched_ns, batch.retired_ns)
         for opened in batch.opened:
             self._open(opened, batch, arrived_ns)
         for rid, token_id, finish in zip(batch.rids, batch.token_ids, batch.finishes, strict=True):
