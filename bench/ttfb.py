@@ -77,6 +77,7 @@ def measure(arguments: argparse.Namespace) -> list[RequestRecord]:
             arrivals,
             arguments.request_timeout,
             fresh_connections=not arguments.keep_alive,
+            extra={"return_steps": True} if arguments.perfetto else {},
         )
         generator.run(Load(target, warm_up, len(warm_up)))
         with progress_bar() as bar:

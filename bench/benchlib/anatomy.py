@@ -108,14 +108,15 @@ def spoiled(anatomies: Sequence[Anatomy]) -> int:
 # ---- Perfetto -------------------------------------------------------------------------------------------------------
 
 _TRACKS = ("client", "http", "tokenizer", "scheduler", "detokenizer")
+_STEP_LANE = 0
 
 
 def chrome_trace(anatomies: Sequence[Anatomy]) -> dict[str, Any]:
     """A trace in Chrome's JSON format (ui.perfetto.dev opens it): one process a track, one flow a request.
 
     Every request has a lane of its own inside each process, so that concurrent requests do not overlap. The
-    scheduler's decode steps are shared by the requests decoded together and have a lane of their own; on the client's
-    track every arrival is one slice.
+    scheduler's steps, prefill and decode, are shared by the requests computed together and have a lane of their own
+    ("step of 3" brought tokens to three of these requests); on the client's track every arrival is one slice.
     """
     origin = min(anatomy.record.started_ns for anatomy in anatomies)
     events: list[dict[str, Any]] = []
@@ -170,10 +171,14 @@ def chrome_trace(anatomies: Sequence[Anatomy]) -> dict[str, Any]:
             phase = "s" if index == 0 else "f" if index == len(flow) - 1 else "t"
             event = {"ph": phase, "name": "request", "cat": "request", "id": number, "pid": pids[track], "tid": lane}
             events.append({**event, "ts": (at - origin) / 1e3, **({"bp": "e"} if phase != "s" else {})})
-        for launched_ns, retired_ns in record.timing.get("steps_ns") or ():
-            steps[launched_ns, retired_ns] = steps.get((launched_ns, retired_ns), 0) + 1
+        steps_ns = record.timing.get("steps_ns") or ()
+        for step in zip(steps_ns[::2], steps_ns[1::2], strict=True):
+            steps[step] = steps.get(step, 0) + 1
     for (launched_ns, retired_ns), requests in sorted(steps.items()):
-        events.append(piece("scheduler", 0, "step", launched_ns, retired_ns, requests_traced=requests))
+        events.append(piece("scheduler", _STEP_LANE, f"step of {requests}", launched_ns, retired_ns))
+    for pid, lane in sorted({(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}):
+        name = "steps" if lane == _STEP_LANE else f"requests, lane {lane}"
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lane, "args": {"name": name}})
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
