@@ -1,7 +1,8 @@
 """One generation on its way to one client: what is known of it, and how its events become a response.
 
 The ring sends three kinds of events: text deltas, done, error. A Sink decides when they are written - `EventStream` as
-they come, `WholeAnswer` in one piece at the end - and a Renderer what they look like on its API's wire.
+they come, `WholeAnswer` in one piece at the end - and a Renderer what they look like on its API's wire. A response may
+carry several answers (several prompts, or several samples of one): they share its call, writer and sink.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from minisgl.http.recovery import Flight
 from minisgl.http.writer import ResponseWriter
 from minisgl.messages import FinishReason, JsonObject
 from minisgl.sampling_params import SamplingParams
-from minisgl.timeline import hops_us, now, server_timing_header, total_us
+from minisgl.timeline import STAMPS, hops_us, now, server_timing_header, total_us
 
 Prompt: TypeAlias = "str | list[int] | list[JsonObject]"
 
@@ -25,6 +26,9 @@ class Stream(Flight):
     """A generation request in flight.
 
     Attributes:
+        name: the request id that its client knows.
+        index: its place among the answers of its response.
+        siblings: all streams of its response, itself included, by index; empty once the response is over.
         stamps: readings of timeline.STAMPS so far, `written` being the last.
         first_ns, first_tokens: when the first row arrived, and how many tokens it brought.
         last_ns: when the latest row arrived.
@@ -38,6 +42,9 @@ class Stream(Flight):
     sink: Sink
     prompt: Prompt
     sampling: SamplingParams
+    name: str
+    index: int = 0
+    siblings: list[Stream] = field(default_factory=list)
     stamps: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -54,7 +61,7 @@ class Stream(Flight):
         self.replica = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.first_ns = self.first_tokens = self.last_ns = 0
-        self.sink.restart()
+        self.sink.restart(self)
 
     def usage(self) -> JsonObject:
         return {
@@ -85,25 +92,31 @@ class Stream(Flight):
 
 
 class Renderer(Protocol):
-    """The wire format of one API. All text is ASCII, so that it can be counted and sent without another look."""
+    """One response on the wire of its API. All text is ASCII, so that it can be counted and sent without another look.
+
+    Of a stream it may be told `delta` and `done`, but not the same text twice.
+    """
 
     media_type: str
 
-    def delta(self, text: str, token_ids: list[int]) -> str:
-        """A piece of the answer and the tokens that it took; "" when this wire shows nothing of it."""
+    def delta(self, stream: Stream, text: str, token_ids: list[int]) -> str:
+        """A piece of one answer and the tokens that it took; "" when this wire shows nothing of it."""
 
     def done(self, stream: Stream) -> str:
-        """The end of a streamed answer."""
+        """The end of one streamed answer."""
+
+    def end(self, streams: list[Stream]) -> str:
+        """The end of the response, after all of its answers."""
 
     def error(self, error: ApiError) -> str:
-        """The end of a streamed answer that cannot go on."""
+        """The end of a streamed response that cannot go on."""
 
-    def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
-        """A complete answer, as JSON."""
+    def whole(self, streams: list[Stream], texts: list[str], token_ids: list[list[int]]) -> str:
+        """The complete response, as JSON; one text and one list of ids a stream."""
 
 
 class Sink(Protocol):
-    """Takes the events of one stream to its writer."""
+    """Takes the events of the streams of one response to its writer."""
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None: ...
 
@@ -114,53 +127,59 @@ class Sink(Protocol):
     def flush(self, stream: Stream) -> None:
         """Hand over what has collected; called once per stream and wake-up of the dispatcher."""
 
-    def restart(self) -> None:
+    def restart(self, stream: Stream) -> None:
         """Drop what an unseen run has brought."""
 
 
 class EventStream:
     """Writes the events as they come. The status is sent with the first of them, so a refusal gets its own status."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, answers: int = 1) -> None:
         self._renderer = renderer
-        self._written = False
+        self._opened = False
+        self._running = answers
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
-        piece = self._renderer.delta(text, token_ids)
+        piece = self._renderer.delta(stream, text, token_ids)
         if not piece:
             return
         if not stream.shown:
-            self._open(stream)
+            self._show(stream)
         stream.writer.write(piece)
 
     def done(self, stream: Stream) -> None:
         if not stream.shown:
-            self._open(stream)
+            self._show(stream)
         # The done event reports when the first byte was written, so that one must go first.
         self.flush(stream)
         stream.writer.write(self._renderer.done(stream))
-        stream.writer.end()
+        self._running -= 1
+        if not self._running:
+            stream.writer.write(self._renderer.end(stream.siblings))
+            stream.writer.end()
 
     def flush(self, stream: Stream) -> None:
         stream.writer.flush()
-        if not self._written and stream.shown:
-            self._written = True
+        if stream.shown and len(stream.stamps) < len(STAMPS):
             stream.stamps.append(now())
 
-    def restart(self) -> None:
+    def restart(self, stream: Stream) -> None:
         pass
 
     def fail(self, stream: Stream, error: ApiError) -> None:
-        if stream.shown:
+        if self._opened:
             stream.writer.write(self._renderer.error(error))
             stream.writer.end()
         else:
             refuse(stream.writer, error)
 
-    def _open(self, stream: Stream) -> None:
+    def _show(self, stream: Stream) -> None:
         stream.shown = True
         # It will not be sent again, so there is no need to keep it.
         stream.prompt = ""
+        if self._opened:
+            return
+        self._opened = True
         headers = {
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
@@ -175,26 +194,29 @@ class WholeAnswer:
     The hop `write` of its timing therefore spans the generation of everything after the first token.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, answers: int = 1) -> None:
         self._renderer = renderer
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
+        self._running = answers
+        self._texts: list[list[str]] = [[] for _ in range(answers)]
+        self._token_ids: list[list[int]] = [[] for _ in range(answers)]
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
-        self._texts.append(text)
-        self._token_ids += token_ids
+        self._texts[stream.index].append(text)
+        self._token_ids[stream.index] += token_ids
 
     def done(self, stream: Stream) -> None:
         stream.stamps.append(now())
-        body = self._renderer.whole(stream, "".join(self._texts), self._token_ids)
-        stream.writer.respond(200, body, {"server-timing": server_timing_header(stream.stamps)})
+        self._running -= 1
+        if not self._running:
+            body = self._renderer.whole(stream.siblings, ["".join(texts) for texts in self._texts], self._token_ids)
+            stream.writer.respond(200, body, {"server-timing": server_timing_header(stream.stamps)})
 
     def flush(self, stream: Stream) -> None:
         stream.writer.flush()
 
-    def restart(self) -> None:
-        self._texts.clear()
-        self._token_ids.clear()
+    def restart(self, stream: Stream) -> None:
+        self._texts[stream.index].clear()
+        self._token_ids[stream.index].clear()
 
     def fail(self, stream: Stream, error: ApiError) -> None:
         refuse(stream.writer, error)

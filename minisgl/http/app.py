@@ -88,8 +88,9 @@ async def _generate(service: Service, request: Request) -> Response:
         renderer: Renderer = wire(generation.return_token_ids)
         sink: Sink = EventStream(renderer) if generation.stream else WholeAnswer(renderer)
         writer = ResponseWriter(ingress, config.narrate)
-        stream = Stream(call=call, writer=writer, sink=sink, prompt=generation.prompt, sampling=generation.sampling)
-        return service.streams.submit(stream)
+        name, prompt, sampling = ingress.request_id, generation.prompt, generation.sampling
+        stream = Stream(call=call, writer=writer, sink=sink, prompt=prompt, sampling=sampling, name=name)
+        return service.streams.submit([stream])
     except ApiError as error:
         call.end(error.outcome, f"{error.status} {error.code}")
         raise

@@ -180,25 +180,25 @@ class JsonLines:
     def __init__(self, name_token_ids: bool = False) -> None:
         self._name_token_ids = name_token_ids
 
-    def delta(self, text: str, token_ids: list[int]) -> str:
+    def delta(self, stream: Stream, text: str, token_ids: list[int]) -> str:
         if self._name_token_ids and (text or token_ids):
             return self._frame('{"text_delta":' + json_string(text) + f',"token_ids":{token_ids}}}')
         return self._frame('{"text_delta":' + json_string(text) + "}") if text else ""
 
     def done(self, stream: Stream) -> str:
-        return self._last_frame(to_json({"event": "done", **_ending(stream)}))
+        return self._frame(to_json({"event": "done", **_ending(stream)}))
+
+    def end(self, streams: list[Stream]) -> str:
+        return ""
 
     def error(self, error: ApiError) -> str:
-        return self._last_frame(to_json({"event": "error", "code": error.code, "message": error.message}))
+        return self._frame(to_json({"event": "error", "code": error.code, "message": error.message})) + self.end([])
 
-    def whole(self, stream: Stream, text: str, token_ids: list[int]) -> str:
-        return to_json({"text": text, "token_ids": token_ids, **_ending(stream)})
+    def whole(self, streams: list[Stream], texts: list[str], token_ids: list[list[int]]) -> str:
+        return to_json({"text": texts[0], "token_ids": token_ids[0], **_ending(streams[0])})
 
     def _frame(self, json_text: str) -> str:
         return json_text + "\n"
-
-    def _last_frame(self, json_text: str) -> str:
-        return self._frame(json_text)
 
 
 class ServerSentEvents(JsonLines):
@@ -209,8 +209,8 @@ class ServerSentEvents(JsonLines):
     def _frame(self, json_text: str) -> str:
         return f"data: {json_text}\n\n"
 
-    def _last_frame(self, json_text: str) -> str:
-        return f"data: {json_text}\n\ndata: [DONE]\n\n"
+    def end(self, streams: list[Stream]) -> str:
+        return "data: [DONE]\n\n"
 
 
 def _ending(stream: Stream) -> JsonObject:

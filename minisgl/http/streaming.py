@@ -71,33 +71,39 @@ class Streams:
 
     # ---- from the routes ---------------------------------------------------------------------------------------------
 
-    def check_admission(self) -> None:
-        """Raise a 503 when no further request can be taken now."""
+    def check_admission(self, count: int = 1) -> None:
+        """Raise a 503 when this many requests cannot be taken now, a 400 when they never can."""
         if self.draining:
             raise ApiError(
                 503, "draining", f"the server is {self.draining}; send the request again later", retry_after=1
             )
         limit = self._spec.config.max_queued_requests
-        if len(self._table) >= limit:
+        if count > limit:
+            too_many = f"the request asks for {count} answers, and this server takes at most {limit} at a time"
+            raise ApiError(400, "too_many_answers", too_many)
+        if len(self._table) + count > limit:
             full = f"the server already has {limit} requests in flight; try again in a moment"
             raise ApiError(503, "queue_full", full, retry_after=1)
 
-    def submit(self, stream: Stream) -> Response:
-        """Send a request round the ring; the response returned is written by the dispatcher."""
-        self._send(stream)
-        self._open.add(stream)
-        return _DispatchedResponse(stream, self)
+    def submit(self, streams: list[Stream]) -> Response:
+        """Send the requests of one response round the ring; what is returned is written by the dispatcher."""
+        for stream in streams:
+            stream.siblings = streams
+            self._send(stream)
+        self._open.update(streams)
+        return _DispatchedResponse(streams, self)
 
-    def close(self, stream: Stream) -> None:
+    def close(self, streams: list[Stream]) -> None:
         """The response is over, or its client is gone: abort what still runs, and account for the request."""
-        self._open.discard(stream)
-        if stream.rid in self._table:
-            stream.aborting = True
-            self._abort(stream)
-        outcome, detail = _outcome_of(stream)
+        self._open.difference_update(streams)
+        self._abandon(streams)
+        outcome, detail = _outcome_of(streams)
         if self._narrate:
-            logger.info("%s summary: %s", stream.call.request_id, _summary(stream))
-        stream.call.end(outcome, detail)
+            for stream in streams:
+                logger.info("%s summary: %s", stream.call.request_id, _summary(stream))
+        streams[0].call.end(outcome, detail)
+        for stream in streams:
+            stream.siblings = []
 
     # ---- from the ring -----------------------------------------------------------------------------------------------
 
@@ -209,8 +215,17 @@ class Streams:
     def _abort(self, stream: Stream) -> None:
         self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, AbortRequest(stream.rid))
 
+    def _abandon(self, streams: list[Stream]) -> None:
+        """Abort those that still run; nobody waits for them any more."""
+        for stream in streams:
+            if stream.rid in self._table and not stream.aborting:
+                stream.aborting = True
+                self._abort(stream)
+
     def _fail(self, stream: Stream, error: ApiError) -> None:
+        """End a stream, and with it its response, with an error."""
         del self._table[stream.rid]
+        self._abandon(stream.siblings)
         stream.error = error
         stream.sink.fail(stream, error)
         self._dirty[stream] = None
@@ -238,9 +253,9 @@ class _DispatchedResponse(Response):
     The server wakes a parked `receive` when the client goes, and after the last byte; nothing else happens here.
     """
 
-    def __init__(self, stream: Stream, streams: Streams) -> None:
+    def __init__(self, answers: list[Stream], streams: Streams) -> None:
         super().__init__()
-        self._stream = stream
+        self._answers = answers
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -248,7 +263,7 @@ class _DispatchedResponse(Response):
             while (await receive())["type"] != "http.disconnect":
                 pass
         finally:
-            self._streams.close(self._stream)
+            self._streams.close(self._answers)
 
 
 def _begin(stream: Stream, opening: Opening, arrived: int, token_count: int) -> None:
@@ -259,21 +274,28 @@ def _begin(stream: Stream, opening: Opening, arrived: int, token_count: int) -> 
     stream.first_tokens = token_count
 
 
-def _outcome_of(stream: Stream) -> tuple[str, str]:
-    """How a closed stream is counted, and what its log line says."""
-    if stream.writer.dropped:
-        return "aborted", f"{stream.writer.dropped} {_counts(stream)}"
-    if stream.error is not None:
-        return stream.error.outcome, f"{stream.error.status} {stream.error.code} {_counts(stream)}"
-    if not stream.writer.complete:
-        return "aborted", f"client disconnected {_counts(stream)}"
-    outcome = "aborted" if stream.finish is FinishReason.ABORT else "ok"
-    return outcome, f"200 {stream.finish.name.lower()} {_counts(stream)}"
+def _outcome_of(streams: list[Stream]) -> tuple[str, str]:
+    """How a closed response is counted, and what its log line says."""
+    writer, counts = streams[0].writer, _counts(streams)
+    error = next((stream.error for stream in streams if stream.error is not None), None)
+    if writer.dropped:
+        return "aborted", f"{writer.dropped} {counts}"
+    if error is not None:
+        return error.outcome, f"{error.status} {error.code} {counts}"
+    if not writer.complete:
+        return "aborted", f"client disconnected {counts}"
+    finishes = {stream.finish for stream in streams}
+    outcome = "aborted" if FinishReason.ABORT in finishes else "ok"
+    return outcome, f"200 {'+'.join(finish.name.lower() for finish in sorted(finishes))} {counts}"
 
 
-def _counts(stream: Stream) -> str:
-    ttfb = f"{total_us(stream.stamps) / 1e3:.1f}ms" if len(stream.stamps) == len(STAMPS) else "-"
-    return f"prompt={stream.prompt_tokens} completion={stream.completion_tokens} ttfb={ttfb}"
+def _counts(streams: list[Stream]) -> str:
+    answers = f"answers={len(streams)} " if len(streams) > 1 else ""
+    prompt = sum(stream.prompt_tokens for stream in streams)
+    completion = sum(stream.completion_tokens for stream in streams)
+    first_bytes = [total_us(stream.stamps) / 1e3 for stream in streams if len(stream.stamps) == len(STAMPS)]
+    ttfb = f"{min(first_bytes):.1f}ms" if first_bytes else "-"
+    return f"{answers}prompt={prompt} completion={completion} ttfb={ttfb}"
 
 
 def _summary(stream: Stream) -> str:

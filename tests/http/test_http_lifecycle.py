@@ -164,7 +164,8 @@ def test_a_client_that_stalls_for_long_is_given_up() -> None:
         writer = ResponseWriter(Ingress(0, name, never_sent, lambda name=name: dropped.append(name)))
         call = Call(Accounts(), name, now())
         sink = EventStream(JsonLines())
-        streams.submit(Stream(call=call, writer=writer, sink=sink, prompt="", sampling=SamplingParams()))
+        stream = Stream(call=call, writer=writer, sink=sink, prompt="", sampling=SamplingParams(), name=name)
+        streams.submit([stream])
         writer.parked_since_ns = parked_for and now() - parked_for * 10**9
         writers.append(writer)
     streams.drop_stalled()
