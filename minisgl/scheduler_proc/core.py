@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import Any, Protocol
 
 from minisgl import timeline
@@ -22,6 +23,8 @@ class StepRunner(Protocol):
     num_pages: int
     device_name: str
     dtype_name: str
+    runs_ahead: bool
+    """Whether a step may be launched before the one before it is retired."""
 
     def launch(self, plan: StepPlan) -> Any:
         """Start a step; does not wait for the device."""
@@ -47,6 +50,7 @@ class ReplicaCore:
         self._epoch = epoch
         self._narrate = config.narrate
         self._ended = self._empty_batch()
+        self._in_flight: deque[tuple[StepPlan, int, Any]] = deque()
         self._steps = 0
         self._tokens_generated = 0
         self._last_step_ms = 0.0
@@ -54,7 +58,7 @@ class ReplicaCore:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._ended.rids)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._ended.rids or self._in_flight)
 
     def submit(self, message: TokenizedRequest) -> RequestError | None:
         """Queue a request, or say why it can never run."""
@@ -73,7 +77,10 @@ class ReplicaCore:
         self._ended.finishes.append(FinishReason.ABORT)
 
     def step(self) -> TokenBatch | None:
-        """Run one step, or hand over the rows of aborted requests first, which need none; None without new rows.
+        """Launch the next step and retire the oldest; None without new rows. Rows of aborted requests go first.
+
+        An engine that runs ahead has the next step launched before the last one's tokens are read, so the device need
+        not wait for the host in between.
 
         An exception is the engine's and leaves the core unusable: call `fail_all`, and start a new one.
         """
@@ -81,10 +88,14 @@ class ReplicaCore:
             batch, self._ended = self._ended, self._empty_batch()
             return batch
         plan = self.scheduler.plan()
-        if plan is None:
+        if plan is not None:
+            self._in_flight.append((plan, timeline.now(), self.engine.launch(plan)))
+        if len(self._in_flight) <= (plan is not None and self.engine.runs_ahead):
             return None
-        launched = timeline.now()
-        token_ids = self.engine.retire(self.engine.launch(plan))
+        return self._retire(*self._in_flight.popleft())
+
+    def _retire(self, plan: StepPlan, launched: int, step: Any) -> TokenBatch | None:
+        token_ids = self.engine.retire(step)
         sampled = self.scheduler.retire(plan, token_ids)
         retired = timeline.now()
         self._steps += 1

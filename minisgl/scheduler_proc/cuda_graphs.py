@@ -8,7 +8,7 @@ more for its chunks; what fits no graph (long prompts) runs the same kernels unc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,6 +95,7 @@ class GraphRunner:
             {
                 "table_stride": 1,
                 "input_ids": max_running,
+                "sources": max_running,
                 "positions": max_running,
                 "slots": max_running,
                 "lengths": max_running,
@@ -115,6 +116,8 @@ class GraphRunner:
             device,
         )
         self._device = device
+        self._last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
+        self._last_places: dict[int, int] = {}
         self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._prefill_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
 
@@ -163,6 +166,13 @@ class GraphRunner:
             if sampling:
                 take(sampling, result)
 
+    def remember(self, rows: Iterable[StepRow], tokens: torch.Tensor) -> None:
+        """Keep what a step has sampled ([rows], int64): the next one may be launched before the host has seen it."""
+        if len(tokens) > len(self._last_tokens):
+            raise ValueError(f"{len(tokens)} tokens were sampled, at most {len(self._last_tokens)} can be kept")
+        self._last_tokens[: len(tokens)].copy_(tokens)
+        self._last_places = {row.request.rid: place for place, row in enumerate(rows)}
+
     def graph_of(self, plan: StepPlan) -> torch.cuda.CUDAGraph:
         """The graph that runs a plan of decode rows alone, or of chunks that fit one graph (for measuring it)."""
         if plan.decode_rows:
@@ -186,10 +196,18 @@ class GraphRunner:
             table[index, :count] = row.request.pages[:count]
         positions = np.array([row.start for row in rows], np.int32)
         slots = table[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+        input_ids, sources = [0] * size, [-1] * size
+        for index, row in enumerate(rows):
+            token_ids = row.request.token_ids
+            if row.start < len(token_ids):
+                input_ids[index] = token_ids[row.start]
+            else:
+                sources[index] = self._last_places[row.request.rid]
         self._decode_block.fill(
             {
                 "table_stride": [stride],
-                "input_ids": [row.request.token_ids[row.start] for row in rows] + [0] * padding,
+                "input_ids": input_ids,
+                "sources": sources,
                 "positions": np.pad(positions, (0, padding)),
                 "slots": np.pad(slots, (0, padding), constant_values=self._padding_slot),
                 # A padding row sees one position, whatever page its table row happens to name.
@@ -221,6 +239,7 @@ class GraphRunner:
             {
                 "table_stride": [1],
                 "input_ids": [0] * size,
+                "sources": [-1] * size,
                 "positions": [0] * size,
                 "slots": [self._padding_slot] * size,
                 "lengths": [1] * size,
@@ -233,6 +252,8 @@ class GraphRunner:
         row_pages = -(-self._context_length // self._page_size)
         return DecodeInputs(
             input_ids=block.view("input_ids", size),
+            sources=block.view("sources", size),
+            last_tokens=self._last_tokens,
             positions=block.view("positions", size),
             slots=block.view("slots", size),
             lengths=block.view("lengths", size),

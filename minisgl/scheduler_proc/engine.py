@@ -55,6 +55,7 @@ class StepEngine:
         dtype_name: precision of weights and KV, such as bfloat16.
         weight_bytes, kv_bytes_per_token: memory of the weights, and of one token's keys and values in all layers.
         graphs: the CUDA path; None where it does not apply.
+        runs_ahead: whether a step may be launched before the one before it is retired.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class StepEngine:
         self.dtype_name = str(pool.layers[0].dtype).removeprefix("torch.")
         self.weight_bytes = model.weight_bytes
         self.kv_bytes_per_token = bytes_per_token(model.kv_shapes, pool.layers[0].dtype)
+        self.runs_ahead = graphs is not None
         self._model = model
         self._attention = attention
         self.graphs = graphs
@@ -193,7 +195,11 @@ class StepEngine:
             results.append(torch.stack((tokens, finite.long())))
 
         graphs.run(plan, take)
-        return torch.cat(results, dim=1) if results else torch.empty((2, 0), dtype=torch.int64, device=self._device)
+        if not results:
+            return torch.empty((2, 0), dtype=torch.int64, device=self._device)
+        result = torch.cat(results, dim=1)
+        graphs.remember((row for row in plan.rows if row.sample), result[0])
+        return result
 
     def retire(self, step: InFlightStep) -> list[int]:
         """Wait for a step; one token id for each of its rows with `sample`, in row order."""

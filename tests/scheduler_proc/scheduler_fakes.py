@@ -59,6 +59,8 @@ class _LaunchedRow:
 class FakeEngine:
     """Meets core.StepRunner. `fail_at_step` makes that step raise when it is retired."""
 
+    runs_ahead = False
+
     device_name = "fake"
     dtype_name = "int"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from scheduler_fakes import EOS, VOCAB_SIZE, FakeEngine, tokenized, undisturbed
@@ -12,6 +13,7 @@ from minisgl.config import ModelSpec, ServerConfig
 from minisgl.messages import NO_TOKEN, FinishReason, StreamOpen, TokenBatch
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.core import ReplicaCore, scheduler_limits
+from minisgl.scheduler_proc.request import StepPlan
 from minisgl.timeline import STAMPS
 
 MODEL = ModelSpec("", "fake", "fake", 64, VOCAB_SIZE, (EOS,), "Fake")
@@ -148,3 +150,49 @@ def test_narration_tells_each_prefill_chunk(caplog: pytest.LogCaptureFixture) ->
     assert lines[0].startswith("request 1: prefill of tokens 0..3 (4 tokens, cached 0) took ")
     assert lines[1].startswith("request 1: prefill of tokens 4..5 (2 tokens, cached 0) took ")
     assert len(lines) == 2
+
+
+class RunAheadEngine(FakeEngine):
+    """Has the next step launched before the last one is read, and notes how many were in flight at most."""
+
+    runs_ahead = True
+    in_flight = most_in_flight = 0
+
+    def launch(self, plan: StepPlan) -> Any:
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        return super().launch(plan)
+
+    def retire(self, step: Any) -> list[int]:
+        self.in_flight -= 1
+        return super().retire(step)
+
+
+def test_running_ahead_changes_no_token() -> None:
+    """Also with preemptions, aborts, ends found out late, and chunked prompts."""
+    requests = {rid: ([rid, rid + 1, rid + 2], SamplingParams(max_new_tokens=3 + rid)) for rid in range(1, 9)}
+    engine = RunAheadEngine(num_pages=9, page_size=2)
+    core = make_core(engine, chunked_prefill_size=2)
+    for rid, (prompt, params) in requests.items():
+        core.submit(tokenized(rid, prompt, max_new_tokens=params.max_new_tokens))
+    batches: list[TokenBatch] = []
+    while core.busy:
+        if len(batches) == 3:
+            core.abort(8)
+        batch = core.step()
+        if batch is not None:
+            batches.append(batch)
+    assert engine.most_in_flight == 2
+    assert engine.in_flight == 0
+    assert core.stats()["preemptions"] > 0
+    assert core.stats()["kv_pages_leaked"] == 0
+    assert core.stats()["kv_pages_free"] == 9
+    rows = [row for batch in batches for row in zip(batch.rids, batch.token_ids, batch.finishes, strict=True)]
+    for rid, (prompt, params) in requests.items():
+        tokens, finish = undisturbed(prompt, params, params.max_new_tokens or 0)
+        mine = [(token, end) for owner, token, end in rows if owner == rid]
+        if rid == 8:
+            assert mine[-1] == (NO_TOKEN, FinishReason.ABORT)
+        else:
+            assert [token for token, _ in mine] == tokens
+            assert [end for _, end in mine] == [FinishReason.NONE] * (len(tokens) - 1) + [finish]

@@ -11,6 +11,47 @@ import triton.language as tl
 
 
 @triton.jit
+def _embed(input_ids, sources, last_tokens, table, residual, hidden, HAS_SOURCES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden
+    token = tl.load(input_ids + row).to(tl.int64)
+    if HAS_SOURCES:
+        source = tl.load(sources + row)
+        if source >= 0:
+            token = tl.load(last_tokens + source)
+    x = tl.load(table + token * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual + row * hidden + columns, x, mask=inside)
+
+
+def embed(
+    input_ids: torch.Tensor,
+    table: torch.Tensor,
+    sources: torch.Tensor | None = None,
+    last_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embeddings of int32 ids [tokens] as float32 [tokens, hidden].
+
+    Where `sources` (int32 [tokens]) is not negative, the id is last_tokens[source] (int64) instead: a token that the
+    step before has sampled and the host has not seen yet.
+    """
+    tokens, hidden = len(input_ids), table.shape[1]
+    residual = torch.empty((tokens, hidden), dtype=torch.float32, device=table.device)
+    _embed[(tokens,)](
+        input_ids,
+        sources if sources is not None else input_ids,
+        last_tokens if last_tokens is not None else input_ids,
+        table,
+        residual,
+        hidden,
+        HAS_SOURCES=sources is not None,
+        BLOCK=triton.next_power_of_2(hidden),
+        num_warps=4,
+    )
+    return residual
+
+
+@triton.jit
 def _add_rms_norm(residual, delta, weight, normed, hidden, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

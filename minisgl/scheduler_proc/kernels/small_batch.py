@@ -34,6 +34,27 @@ def _load_tiles(weight, n, inside, first_k, K: tl.constexpr, TILE_K: tl.constexp
 
 
 @triton.jit
+def _load_row_tiles(x, rows, first_k, K: tl.constexpr, TILE_K: tl.constexpr, TILES: tl.constexpr):
+    """A tuple of [16, TILE_K] tiles of x [rows, K]; all loads are issued together, so their latency is paid once."""
+    row = tl.arange(0, _ROWS)
+    k = tl.arange(0, TILE_K)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        place = x + row[:, None] * K + first_k + i * TILE_K + k[None, :]
+        tiles = tiles + (tl.load(place, mask=(row < rows)[:, None], other=0.0),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _load_norm_weight(norm_weight, TILE_K: tl.constexpr, TILES: tl.constexpr):
+    k = tl.arange(0, TILE_K)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (tl.load(norm_weight + i * TILE_K + k).to(tl.float32)[None, :],)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
 def _norm_linear(
     residual,
     norm_weight,
@@ -53,19 +74,20 @@ def _norm_linear(
         gdc_launch_dependents()
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     inside = n < width
-    tiles = _load_tiles(weight, n, inside, 0, K, TILE_K, K // TILE_K)
+    TILES: tl.constexpr = K // TILE_K
+    tiles = _load_tiles(weight, n, inside, 0, K, TILE_K, TILES)
+    norms = _load_norm_weight(norm_weight, TILE_K, TILES)
     if PDL:
         gdc_wait()
     row = tl.arange(0, _ROWS)
-    k = tl.arange(0, TILE_K)
+    xs = _load_row_tiles(residual, rows, 0, K, TILE_K, TILES)
     products = tl.zeros((_ROWS, TILE_N), tl.float32)
-    squares = tl.zeros((_ROWS,), tl.float32)
-    for i in tl.static_range(K // TILE_K):
-        x = tl.load(residual + row[:, None] * K + i * TILE_K + k[None, :], mask=(row < rows)[:, None], other=0.0)
-        squares += tl.sum(x * x, axis=1)
-        scaled = x * tl.load(norm_weight + i * TILE_K + k).to(tl.float32)[None, :]
-        products = tl.dot(scaled.to(weight.dtype.element_ty), tl.trans(tiles[i]), products, input_precision="ieee")
-    y = products * tl.rsqrt(squares / K + eps)[:, None]
+    squares = tl.zeros((_ROWS, TILE_K), tl.float32)
+    for i in tl.static_range(TILES):
+        squares += xs[i] * xs[i]
+        scaled = (xs[i] * norms[i]).to(weight.dtype.element_ty)
+        products = tl.dot(scaled, tl.trans(tiles[i]), products, input_precision="ieee")
+    y = products * tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
     if HAS_BIAS:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     place = output + row[:, None] * width + n[None, :]
@@ -122,22 +144,23 @@ def _norm_gate_up(
         gdc_launch_dependents()
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     inside = n < width
-    gates = _load_tiles(weight, n, inside, 0, K, TILE_K, K // TILE_K)
-    ups = _load_tiles(weight, n + width, inside, 0, K, TILE_K, K // TILE_K)
+    TILES: tl.constexpr = K // TILE_K
+    gates = _load_tiles(weight, n, inside, 0, K, TILE_K, TILES)
+    ups = _load_tiles(weight, n + width, inside, 0, K, TILE_K, TILES)
+    norms = _load_norm_weight(norm_weight, TILE_K, TILES)
     if PDL:
         gdc_wait()
     row = tl.arange(0, _ROWS)
-    k = tl.arange(0, TILE_K)
+    xs = _load_row_tiles(residual, rows, 0, K, TILE_K, TILES)
     gate = tl.zeros((_ROWS, TILE_N), tl.float32)
     up = tl.zeros((_ROWS, TILE_N), tl.float32)
-    squares = tl.zeros((_ROWS,), tl.float32)
-    for i in tl.static_range(K // TILE_K):
-        x = tl.load(residual + row[:, None] * K + i * TILE_K + k[None, :], mask=(row < rows)[:, None], other=0.0)
-        squares += tl.sum(x * x, axis=1)
-        scaled = (x * tl.load(norm_weight + i * TILE_K + k).to(tl.float32)[None, :]).to(weight.dtype.element_ty)
+    squares = tl.zeros((_ROWS, TILE_K), tl.float32)
+    for i in tl.static_range(TILES):
+        squares += xs[i] * xs[i]
+        scaled = (xs[i] * norms[i]).to(weight.dtype.element_ty)
         gate = tl.dot(scaled, tl.trans(gates[i]), gate, input_precision="ieee")
         up = tl.dot(scaled, tl.trans(ups[i]), up, input_precision="ieee")
-    scale = tl.rsqrt(squares / K + eps)[:, None]
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
     gate *= scale
     y = gate * tl.sigmoid(gate) * (up * scale)
     place = output + row[:, None] * width + n[None, :]
@@ -163,7 +186,7 @@ def norm_gate_up(
         TILE_K=_TILE_K,
         TILE_N=16,
         PDL=pdl,
-        num_warps=4,
+        num_warps=8,
         **_launch(pdl),
     )
     return output
@@ -192,16 +215,17 @@ def _linear_add(
     if PDL:
         gdc_wait()
     row = tl.arange(0, _ROWS)
-    k = tl.arange(0, TILE_K)
-    products = tl.zeros((_ROWS, TILE_N), tl.float32)
-    for i in tl.static_range(TILES):
-        place = x + row[:, None] * K + first_k + i * TILE_K + k[None, :]
-        part = tl.load(place, mask=(row < rows)[:, None], other=0.0)
-        products = tl.dot(part, tl.trans(tiles[i]), products, input_precision="ieee")
+    xs = _load_row_tiles(x, rows, first_k, K, TILE_K, TILES)
     place = residual + row[:, None] * width + n[None, :]
     mine = (row < rows)[:, None] & inside[None, :]
+    if SPLIT_K == 1:  # noqa: SIM108
+        products = tl.load(place, mask=mine, other=0.0)
+    else:
+        products = tl.zeros((_ROWS, TILE_N), tl.float32)
+    for i in tl.static_range(TILES):
+        products = tl.dot(xs[i], tl.trans(tiles[i]), products, input_precision="ieee")
     if SPLIT_K == 1:
-        tl.store(place, tl.load(place, mask=mine, other=0.0) + products, mask=mine)
+        tl.store(place, products, mask=mine)
     else:
         tl.atomic_add(place, products, mask=mine, sem="relaxed")
 
@@ -241,6 +265,47 @@ def _norm_and_rotate(low, high, weights, cos, sin, eps, half, HALF: tl.constexpr
         low = low * scale * tl.load(weights + half[None, :]).to(tl.float32)
         high = high * scale * tl.load(weights + HALF + half[None, :]).to(tl.float32)
     return low * cos[None, :] - high * sin[None, :], high * cos[None, :] + low * sin[None, :]
+
+
+@triton.jit
+def _load_block(
+    pool,
+    table,
+    start,
+    end,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys (two halves) and values of positions start .. end - 1, at most BLOCK of them, and their positions."""
+    half = tl.arange(0, HALF)
+    dims = tl.arange(0, 2 * HALF)
+    at = start + tl.arange(0, BLOCK)
+    seen = at < end
+    page = tl.load(table + at // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+    keys = pool + ((page * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * (2 * HALF)
+    low = tl.load(keys[:, None] + half[None, :], mask=seen[:, None], other=0.0)
+    high = tl.load(keys[:, None] + HALF + half[None, :], mask=seen[:, None], other=0.0)
+    values = tl.load(keys[:, None] + KV_HEADS * 2 * HALF + dims[None, :], mask=seen[:, None], other=0.0)
+    return low, high, values, at
+
+
+@triton.jit
+def _attend_block(q_low, q_high, low, high, values, seen, scale, best, total, sums):
+    """Take a block of keys and values into the running softmax (best, total, sums); `seen` masks its positions."""
+    scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
+    scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee") * scale
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    # With nothing seen so far this is -inf; subtracting that would make NaN.
+    safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weights = tl.exp2(scores - safe_best[:, None])
+    fade = tl.exp2(best - safe_best)
+    total = total * fade + tl.sum(weights, axis=1)
+    sums = sums * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return new_best, total, sums
 
 
 @triton.jit
@@ -294,59 +359,53 @@ def _rotate_attend(
     in_group = head < GROUP
     cos = tl.load(cos_table + position.to(tl.int64) * HALF + half).to(tl.float32)
     sin = tl.load(sin_table + position.to(tl.int64) * HALF + half).to(tl.float32)
+    low, high, values, at = _load_block(pool, table, begin, end, kv_head, KV_HEADS, HALF, PAGE_SIZE, BLOCK)
+    target = pool + (tl.load(slots + row).to(tl.int64) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
     if PDL:
         gdc_wait()
 
     source = qkv + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    one = tl.arange(0, 1)
     queries = source + (kv_head * GROUP + head[:, None]) * HEAD_DIM + half[None, :]
+    key = source + (HEADS + kv_head) * HEAD_DIM + one[:, None] * HEAD_DIM + half[None, :]
+    # All loads before any use of one, so that they wait for memory together.
     q_low = tl.load(queries, mask=in_group[:, None], other=0.0).to(tl.float32)
     q_high = tl.load(queries + HALF, mask=in_group[:, None], other=0.0).to(tl.float32)
+    k_low, k_high = tl.load(key).to(tl.float32), tl.load(key + HALF).to(tl.float32)
+    v = tl.load(source + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dims).to(tl.float32)
     q_weights = norm_weight + (kv_head * GROUP + tl.where(in_group, head, 0)[:, None]) * HEAD_DIM
     q_low, q_high = _norm_and_rotate(q_low, q_high, q_weights, cos, sin, eps, half, HALF, HAS_NORM)
     q_low, q_high = q_low.to(dtype), q_high.to(dtype)
 
+    factor = scale * _LOG2_E
     best = tl.full((_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((_ROWS,), tl.float32)
     sums = tl.zeros((_ROWS, HEAD_DIM), tl.float32)
     if split == 0:
-        one = tl.arange(0, 1)
-        key = source + (HEADS + kv_head) * HEAD_DIM + one[:, None] * HEAD_DIM + half[None, :]
-        k_low, k_high = tl.load(key).to(tl.float32), tl.load(key + HALF).to(tl.float32)
         k_weights = norm_weight + (HEADS + kv_head) * HEAD_DIM + one[:, None]
         k_low, k_high = _norm_and_rotate(k_low, k_high, k_weights, cos, sin, eps, half, HALF, HAS_NORM)
-        v = tl.load(source + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dims).to(tl.float32)
         # Not finite values must not stay in pages that another request gets later.
         k_low = tl.where(tl.abs(k_low) < float("inf"), k_low, 0.0).to(dtype)
         k_high = tl.where(tl.abs(k_high) < float("inf"), k_high, 0.0).to(dtype)
-        v = tl.where(tl.abs(v) < float("inf"), v, 0.0).to(dtype)
-        target = pool + (tl.load(slots + row).to(tl.int64) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
+        v_stored = tl.where(tl.abs(v) < float("inf"), v, 0.0).to(dtype)
         tl.store(target + one[:, None] * HEAD_DIM + half[None, :], k_low)
         tl.store(target + HALF + one[:, None] * HEAD_DIM + half[None, :], k_high)
-        tl.store(target + KV_HEADS * HEAD_DIM + dims, v)
+        tl.store(target + KV_HEADS * HEAD_DIM + dims, v_stored)
         own = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
-        best = tl.sum(own, axis=1) * (scale * _LOG2_E)
+        best = tl.sum(own, axis=1) * factor
         total = tl.full((_ROWS,), 1.0, tl.float32)
-        sums += v.to(tl.float32)[None, :]
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+        sums += v_stored.to(tl.float32)[None, :]
+    if begin < end:
         seen = at < end
-        page = tl.load(table + at // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-        keys = pool + ((page * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
-        k_low_tile = tl.load(keys[:, None] + half[None, :], mask=seen[:, None], other=0.0)
-        k_high_tile = tl.load(keys[:, None] + HALF + half[None, :], mask=seen[:, None], other=0.0)
-        values = tl.load(keys[:, None] + KV_HEADS * HEAD_DIM + dims[None, :], mask=seen[:, None], other=0.0)
         if HAS_WINDOW:
             seen = seen & (at > position - window)
-        scores = tl.dot(q_low, tl.trans(k_low_tile), input_precision="ieee")
-        scores = tl.dot(q_high, tl.trans(k_high_tile), scores, input_precision="ieee") * (scale * _LOG2_E)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - safe_best[:, None])
-        fade = tl.exp2(best - safe_best)
-        total = total * fade + tl.sum(weights, axis=1)
-        sums = sums * fade[:, None] + tl.dot(weights.to(dtype), values, input_precision="ieee")
-        best = new_best
+        best, total, sums = _attend_block(q_low, q_high, low, high, values, seen, factor, best, total, sums)
+        for start in range(begin + BLOCK, end, BLOCK):
+            low, high, values, at = _load_block(pool, table, start, end, kv_head, KV_HEADS, HALF, PAGE_SIZE, BLOCK)
+            seen = at < end
+            if HAS_WINDOW:
+                seen = seen & (at > position - window)
+            best, total, sums = _attend_block(q_low, q_high, low, high, values, seen, factor, best, total, sums)
 
     head_at = row * HEADS + kv_head * GROUP + head
     if SPLITS == 1:

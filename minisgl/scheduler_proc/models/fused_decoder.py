@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
-from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, rotate_and_store, silu_and_multiply
+from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention, prefill_attention
 from minisgl.scheduler_proc.kernels.small_batch import (
     MAX_ROWS,
@@ -33,15 +33,18 @@ Attend: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """Rows of one new token each; all int32 on the device.
+    """Rows of one new token each; all int32 on the device, but last_tokens.
 
     Attributes:
+        sources: [rows], where in last_tokens (int64) a row's input id is; negative where input_ids has it.
         table_stride: [1]; row r's page ids are page_table[r * table_stride :].
         lengths: [rows], positions each row sees, its own included.
         splits: over how many programs a row's keys are split at most.
     """
 
     input_ids: torch.Tensor
+    sources: torch.Tensor
+    last_tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     lengths: torch.Tensor
@@ -120,7 +123,7 @@ class FusedDecoder:
         """Normed hidden states [rows, hidden] of the last layer, by six kernels a layer."""
         config, pdl = self.config, self._pdl
         eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
-        residual = F.embedding(inputs.input_ids, self.weights.embedding).float()
+        residual = self._embed(inputs)
         for index, layer in enumerate(self.weights.layers):
             qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
             attended = rotate_attend(
@@ -148,7 +151,7 @@ class FusedDecoder:
         """Normed hidden states [tokens, hidden] of the last layer."""
         config, weights = self.config, self.weights
         heads = config.num_heads + 2 * config.num_kv_heads
-        residual = F.embedding(inputs.input_ids, weights.embedding).float()
+        residual = self._embed(inputs)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(weights.layers):
             normed = add_rms_norm(residual, delta, layer.input_norm, config.rms_norm_eps)
@@ -166,6 +169,11 @@ class FusedDecoder:
             normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps)
             delta = self._feed_forward(layer, normed)
         return add_rms_norm(residual, delta, weights.norm, config.rms_norm_eps)
+
+    def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
+        if isinstance(inputs, DecodeInputs):
+            return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens)
+        return embed(inputs.input_ids, self.weights.embedding)
 
     def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
