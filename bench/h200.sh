@@ -6,10 +6,10 @@
 #   bench/h200.sh local                      in-process comparison
 #
 # Environment: OUT (results, default bench/results), SGLANG_SITE (a folder with sglang's packages, used for its process alone),
-# MODEL (default /tmp/qwen2.5-0.5b-shape), LIMIT (seconds for everything, default 560), PYTHON (default python3), ROUNDS (2),
+# MODEL (default /tmp/qwen2.5-0.5b-shape), LIMIT (seconds for everything, default 560), PYTHON (default python3), ROUNDS (1),
 # DEVICE (cuda), CONCURRENCY (1,8,32,64,256), INPUT_LEN (16,512).
-# Results are written as soon as they exist; what is measured by separate calls is merged when PARTS (default
-# /tmp/h200-parts) still holds the earlier ones.
+# Results are written as soon as they exist. Servers measured by separate calls are merged while PARTS (default
+# /tmp/h200-parts) still holds the earlier ones: `ROUNDS=2 bench/h200.sh minisgl hf`, then `ROUNDS=2 bench/h200.sh sglang ttfb`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-bench/results} parts=${PARTS:-/tmp/h200-parts} model=${MODEL:-/tmp/qwen2.5-0.5b-shape}
@@ -47,7 +47,7 @@ for part in "$@"; do
     *)
       # The time limit leaves a minute for the run in progress and for stopping the server.
       timeout "$left" "$python" bench/server_bench.py --systems "$part" --model "$model" --device "$device" "${site[@]}" \
-        --concurrency "${CONCURRENCY:-1,8,32,64,256}" --input-len "${INPUT_LEN:-16,512}" --output-len 128 --waves 3 --rounds "${ROUNDS:-2}" \
+        --concurrency "${CONCURRENCY:-1,8,32,64,256}" --input-len "${INPUT_LEN:-16,512}" --output-len 128 --waves 3 --rounds "${ROUNDS:-1}" --hf-max-requests 8 \
         --time-limit $((left - 60)) --out "$parts" --name "$part.server" --title "Server benchmark on one GPU" || true
       collect ;;
   esac

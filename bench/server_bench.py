@@ -13,6 +13,7 @@ request failed, broke off or came back empty: such a run is refused as a result.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from benchlib import bandwidth, options
@@ -21,7 +22,7 @@ from benchlib.load import LoadGenerator
 from benchlib.progress import output, say
 from benchlib.report import Report, glance_table, machine_facts, merge
 from benchlib.results import Level
-from benchlib.servers import SYSTEMS, TITLES, missing_reason
+from benchlib.servers import OPENMP_WAIT_POLICY, SYSTEMS, TITLES, missing_reason
 from benchlib.workloads import Lengths, Workload, load_tokenizer
 from rich.markdown import Markdown
 
@@ -43,7 +44,11 @@ def main() -> int:
     report = Report(
         machine=machine_facts(bandwidth.measure(setup.python, setup.device)),
         model=options.model_facts(setup),
-        method={**plan.facts(), "client processes": arguments.client_processes},
+        method={
+            **plan.facts(),
+            "client processes": arguments.client_processes,
+            "OpenMP wait policy of all": os.environ.get("OMP_WAIT_POLICY", OPENMP_WAIT_POLICY),
+        },
         title=arguments.title or "Server benchmark",
         missing={system: reason for system, reason in missing.items() if reason},
     )

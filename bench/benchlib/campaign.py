@@ -14,7 +14,7 @@ from benchlib import bandwidth
 from benchlib.load import Load, LoadGenerator
 from benchlib.progress import progress_bar, say
 from benchlib.report import Report
-from benchlib.results import Level, Run, agreement, cell_of, record_rows
+from benchlib.results import Level, Run, cell_of, record_rows
 from benchlib.servers import TITLES, Server, ServerError, Setup
 from benchlib.workloads import Lengths, Session, Turn, Workload, poisson_arrivals
 
@@ -162,12 +162,7 @@ class Campaign:
         copy_bytes_per_s = report.machine["copy_bandwidth_gb_s"] * 1e9
         report.cells = [cell_of(runs, cost, copy_bytes_per_s) for runs in self.runs.values()]
         report.servers = dict(self.servers)
-        reference = "hf" if "hf" in self.probes else next(iter(self.probes), "")
-        report.agreement = {
-            f"{TITLES[system]} and {TITLES[reference]}": f"{agreement(ids, self.probes[reference])} of {PROBE_TOKENS}"
-            for system, ids in self.probes.items()
-            if system != reference
-        }
+        report.probes = dict(self.probes)
         report.problems = self.problems + self._unequal_prompts()
         report.remarks = [f"{self.skipped} runs were not made: the time limit was reached"] if self.skipped else []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.bandwidth import cpu_name
-from benchlib.results import Cell, Decode, Level
+from benchlib.results import Cell, Decode, Level, agreement
 from benchlib.servers import SYSTEMS, TITLES
 from benchlib.stats import Summary
 
@@ -31,7 +31,7 @@ class Report:
         method: order, rounds, warm-up, client processes, seed, sampling; anything that shapes the figures.
         servers: by system, what servers.Server.describe says.
         missing: by system, why it was not measured.
-        agreement: by pair of systems, how many leading greedy tokens they share on the probe prompt.
+        probes: by system, the ids of its greedy answer to one and the same prompt.
         problems: what spoils the whole run, beyond the refused cells.
         remarks: what a reader should know and that spoils nothing.
     """
@@ -43,7 +43,7 @@ class Report:
     when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
     servers: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    agreement: dict[str, str] = field(default_factory=dict)
+    probes: dict[str, list[int]] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -93,7 +93,12 @@ class Report:
         lines = [f"- {self.when}", f"- machine: {words(self.machine)}", f"- model: {words(self.model)}"]
         lines += [f"- method: {words(self.method)}", *(f"- **{remark}**" for remark in self.remarks)]
         lines += [f"- not measured: {TITLES[system]}: {reason}" for system, reason in self.missing.items()]
-        lines += [f"- greedy tokens shared, {pair}: {shared}" for pair, shared in self.agreement.items()]
+        reference = "hf" if "hf" in self.probes else next(iter(self.probes), "")
+        for system in self.probes:
+            if system != reference:
+                shared = agreement(self.probes[system], self.probes[reference])
+                pair = f"{TITLES[system]} and {TITLES[reference]}"
+                lines.append(f"- the greedy answers of {pair} to one prompt share their first {shared} tokens")
         for cell in self.cells:
             lines += [f"- warning, {TITLES[cell.system]} at {cell.level}: {warning}" for warning in cell.warnings]
         return lines
@@ -135,11 +140,11 @@ def merge(reports: Sequence[Report]) -> Report:
             mine, theirs = (r.model if what == "model" else r.machine.get(what) for r in (first, other))
             if mine != theirs:
                 raise ValueError(f"these reports do not belong together: {what} differs ({mine} and {theirs})")
-    merged = dataclasses.replace(first, servers={}, missing={}, agreement={}, cells=[], problems=[], remarks=[])
+    merged = dataclasses.replace(first, servers={}, missing={}, probes={}, cells=[], problems=[], remarks=[])
     for report in reports:
         merged.servers |= report.servers
         merged.missing |= report.missing
-        merged.agreement |= report.agreement
+        merged.probes |= report.probes
         merged.cells += report.cells
         merged.problems += report.problems
         merged.remarks += report.remarks

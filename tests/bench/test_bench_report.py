@@ -136,11 +136,14 @@ def test_a_report_survives_its_json():
 
 def test_reports_of_other_systems_merge_and_of_other_machines_do_not():
     mine = report_of([cell_of([run([record()])], COST, 1e9)], missing={"sglang": "not here", "hf": "not here"})
+    mine.probes = {"minisgl": [1, 2, 3]}
     theirs = report_of([cell_of([run([record()], "sglang")], COST, 1e9)], problems=["a problem"])
+    theirs.probes = {"sglang": [1, 2, 4]}
     both = merge([mine, theirs])
     assert [cell.system for cell in both.cells] == ["minisgl", "sglang"]
     assert both.missing == {"hf": "not here"}
     assert both.refused
+    assert "share their first 2 tokens" in both.markdown()
     with pytest.raises(ValueError, match="device differs"):
         merge([mine, report_of([], machine={"processor": "P", "device": "other", "copy_bandwidth_gb_s": 1.0})])
 
