@@ -22,8 +22,8 @@ SYSTEMS = ("minisgl", "sglang", "hf")
 TITLES = {"minisgl": "minisgl", "sglang": "sglang", "hf": "Hugging Face"}
 
 OPENMP_WAIT_POLICY = "PASSIVE"
-"""For every system, unless the caller's environment says otherwise: threads that spin while they wait make a CPU step up
-to ten times slower beside a busy neighbour, and then the neighbour is what is measured."""
+"""For every system, unless the caller's environment says otherwise: threads that spin while they wait make a CPU step
+up to ten times slower beside a busy neighbour, and then the neighbour is what is measured."""
 
 _MINISGL_FACTS = ("load_format", "context_length")
 _SGLANG_FACTS = [
