@@ -74,7 +74,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ServerConfig, 
 
     command = {"chat": chat, "generate": generate}[options.command]
     settings = {spec.name: getattr(options, spec.name) for spec in dataclasses.fields(ServerConfig)}
-    given = any(value != command.get_default(name) for name, value in settings.items())
+    # The API key is as much the client's as the server's.
+    given = any(value != command.get_default(name) for name, value in settings.items() if name != "api_key")
     if given and options.url:
         command.error("a server that runs already (--url) cannot be given settings: leave out one or the other")
     quiet = {"log_level": "warning"} if options.quiet else {"narrate": True}
@@ -121,9 +122,9 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _server(options: argparse.Namespace, config: ServerConfig, own: bool, terminal: Terminal) -> Iterator[Client]:
     """A client of the server to use: the one named, else the default one if it runs, else one of our own."""
     if options.url:
-        yield Client(options.url)
+        yield Client(options.url, config.api_key)
         return
-    running = Client(DEFAULT_URL)
+    running = Client(DEFAULT_URL, config.api_key)
     if not own and running.healthy():
         yield running
         return
@@ -132,7 +133,7 @@ def _server(options: argparse.Namespace, config: ServerConfig, own: bool, termin
         stack.callback(view.close)
         server = stack.enter_context(OwnServer(config, terminal.log, view.progress))
         view.close()
-        yield Client(server.url)
+        yield Client(server.url, config.api_key)
 
 
 class _NoView:

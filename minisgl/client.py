@@ -48,7 +48,7 @@ class Generation:
 class Client:
     """Talks to one server, a connection a request: closing it is how an answer is cancelled."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RequestFailed(f"{url} is not a URL such as http://127.0.0.1:30000")
@@ -56,6 +56,9 @@ class Client:
         self._connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._address = (parts.hostname, parts.port)
         self._path = parts.path.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def healthy(self, timeout: float = 1.0) -> bool:
         """Whether the server answers 200 to /health in time."""
@@ -110,7 +113,7 @@ class Client:
         try:
             try:
                 payload = None if body is None else json.dumps(body).encode()
-                connection.request(method, self._path + path, payload, {"Content-Type": "application/json"})
+                connection.request(method, self._path + path, payload, self._headers)
                 response = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 raise RequestFailed(f"no answer from {self.url} ({error}): is the server running?") from None

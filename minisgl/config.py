@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -23,9 +24,15 @@ class ConfigError(ValueError):
     """A setting is wrong; the message says what to change."""
 
 
-def _flag(default: Any, help: str, *aliases: str, env: str = "", choices: Sequence[str] = ()) -> Any:
-    """A ServerConfig field: its flag is the field's name with dashes, `env` overrides its default."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "env": env, "choices": tuple(choices)})
+def _flag(
+    default: Any, help: str, *aliases: str, env: str = "", choices: Sequence[str] = (), secret: bool = False
+) -> Any:
+    """A ServerConfig field: its flag is the field's name with dashes, `env` overrides its default.
+
+    A `secret` field is left out of `repr` and `public`.
+    """
+    metadata = {"help": help, "aliases": aliases, "env": env, "choices": tuple(choices), "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,17 @@ class ServerConfig:
     host: str = _flag("127.0.0.1", "address to listen on")
     port: int = _flag(30000, "port to listen on; 0 takes a free one")
     max_body_bytes: int = _flag(4 * 2**20, "largest request body")
+    api_key: str | None = _flag(
+        None,
+        "key that clients must send as 'Authorization: Bearer API_KEY', on every route but /health and /metrics; "
+        "the environment variable keeps it out of the process list",
+        env="MINISGL_API_KEY",
+        secret=True,
+    )
+    cors_origin: str | None = _flag(
+        None,
+        "web origins whose pages may use the API, such as https://chat.example.com, separated by commas; '*' is any",
+    )
     log_level: str = _flag("info", "log level", choices=("debug", "info", "warning", "error"))
     narrate: bool = _flag(False, "log the whole life of every request: prefill, every decode step, every chunk")
 
@@ -125,6 +143,20 @@ class ServerConfig:
         _require(0 <= self.port < 65536, "port", "between 0 and 65535", self.port)
         _require(self.http_workers <= 128, "http_workers", "at most 128", self.http_workers)
         _require(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024", self.max_body_bytes)
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ConfigError("--api-key must consist of visible ASCII characters without spaces")
+        for origin in self.cors_origins():
+            known = origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin)
+            _require(bool(known), "cors_origin", "'*' or origins such as https://chat.example.com", origin)
+
+    def cors_origins(self) -> list[str]:
+        """--cors-origin as a list."""
+        return [origin.strip() for origin in (self.cors_origin or "").split(",") if origin.strip()]
+
+    def public(self) -> dict[str, Any]:
+        """The settings that may be shown to clients and in logs: all but the secret ones."""
+        specs = dataclasses.fields(self)
+        return {spec.name: getattr(self, spec.name) for spec in specs if not spec.metadata["secret"]}
 
 
 def _require(ok: bool, name: str, what: str, value: object) -> None:

@@ -1,7 +1,8 @@
 """A server that belongs to a client program: started for it, shown by it, and gone when it is gone.
 
 `OwnServer` is the client's side. The server's side is this module's `main`: it runs the supervisor, tells the client
-over stdout how far it is and its URL (one JSON object a line), logs to stderr, and drains when its stdin ends.
+over stdout how far it is and its URL (one JSON object a line), logs to stderr, and drains when its stdin ends, whose
+one line are the settings.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class OwnServer:
 
     def __enter__(self) -> OwnServer:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "minisgl.own_server", json.dumps(dataclasses.asdict(self._config))],
+            [sys.executable, "-m", "minisgl.own_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,7 +68,10 @@ class OwnServer:
             # Ctrl-C in the terminal is the client's, to stop an answer; the server must not see it.
             start_new_session=True,
         )
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        # Not as an argument: every user of the host can read those, and the settings may hold an API key.
+        self._process.stdin.write(json.dumps(dataclasses.asdict(self._config)).encode() + b"\n")
+        self._process.stdin.flush()
         self._log_reader = threading.Thread(target=self._read_log, args=(self._process.stderr,), daemon=True)
         self._log_reader.start()
         try:
@@ -144,8 +148,8 @@ def main() -> int:
     def send(event: object) -> None:
         events.write(json.dumps(event) + "\n")
 
+    config = ServerConfig(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_client, daemon=True).start()
-    config = ServerConfig(**json.loads(sys.argv[1]))
     return run(config, view=_EventView(send), announce=lambda url, notice: send({"url": url}))
 
 

@@ -96,7 +96,7 @@ async def _serve(
         address, port = _client_address(config)
         stopped = asyncio.ensure_future(supervisor.wait_stopped())
         # Requests go round the replicas, so this many warm each of them.
-        warm_up = asyncio.gather(*(_warm_up(address, port) for _ in range(replicas)))
+        warm_up = asyncio.gather(*(_warm_up(address, port, config.api_key) for _ in range(replicas)))
         waited: list[asyncio.Future[Any]] = [warm_up, stopped]
         await asyncio.wait(waited, timeout=config.startup_timeout, return_when=asyncio.FIRST_COMPLETED)
         if not warm_up.done() or warm_up.exception() is not None:
@@ -123,11 +123,13 @@ def _client_address(config: ServerConfig) -> tuple[str, int]:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host), config.port
 
 
-async def _warm_up(address: str, port: int) -> None:
+async def _warm_up(address: str, port: int, api_key: str | None) -> None:
     """Stream one short request through the whole ring; raises LaunchFailed when it does not come back complete."""
     fields = {"prompt": "Hello", "max_new_tokens": WARM_UP_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
     body = json.dumps(fields)
     head = f"POST /generate HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    if api_key is not None:
+        head += f"Authorization: Bearer {api_key}\r\n"
     try:
         reader, writer = await asyncio.open_connection(address, port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())

@@ -144,5 +144,6 @@ class WorkerRecord:
             "restarts": max(0, self.epoch - 1),
             "heartbeat_age_ms": round((now - self.heard_at) * 1000),
             "loop_age_ms": round((self.loop_age + now - self.heard_at) * 1000),
+            "info": self.info,
             "stats": self.stats,
         }

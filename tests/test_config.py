@@ -65,6 +65,8 @@ def test_every_flag_sets_its_field(name: str) -> None:
         value = "some/text"
     if name in ("http_workers", "port"):
         value = 7
+    elif name == "cors_origin":
+        value = "https://a.example"
     for spelling in (flag(name), *spec.metadata["aliases"]):
         assert getattr(parse_args([spelling, str(value)], {}), name) == value
 
@@ -94,6 +96,9 @@ def test_ints_take_binary_suffixes(text: str, value: int) -> None:
         (["--mem-fraction-static", "1"], "--mem-fraction-static must be between 0 and 1, got 1.0"),
         (["--drain-timeout", "0"], "--drain-timeout must be above 0, got 0.0"),
         (["--context-length", "0"], "--context-length must be at least 1, got 0"),
+        (["--api-key", "two words"], "--api-key must consist of visible ASCII characters without spaces"),
+        (["--cors-origin", "https://a.example, b"], "--cors-origin must be '*' or origins such as"),
+        (["--cors-origin", "https://a.example/"], "got https://a.example/"),
         (["--max-body-bytes", "10"], "--max-body-bytes must be at least 1024, got 10"),
     ],
 )
@@ -133,6 +138,14 @@ def test_the_variables_of_the_readme() -> None:
     env = {"MODEL_NAME": "a/b", "MODEL_LOCAL_DIR": "/c", "MODELSCOPE_MODEL_NAME": "d/e"}
     config = parse_args([], env)
     assert (config.model, config.model_local_dir, config.modelscope_model_name) == ("a/b", "/c", "d/e")
+
+
+def test_the_api_key_is_not_shown() -> None:
+    config = parse_args([], {"MINISGL_API_KEY": "top-secret"})
+    assert config.api_key == "top-secret"
+    assert "top-secret" not in repr(config)
+    assert "api_key" not in config.public()
+    assert config.public()["port"] == config.port
 
 
 # ---- to the workers -------------------------------------------------------------------------------------------------

@@ -146,6 +146,10 @@ HEALTH: dict[str, Any] = {
         503: {"description": "no; `problems` says why", "content": {"application/json": {"schema": _HEALTH_BODY}}},
     },
 }
+METRICS: dict[str, Any] = {
+    "summary": "Counters, gauges and histograms for Prometheus",
+    "responses": {200: {"description": "text format 0.0.4", "content": {"text/plain": {"schema": _STRING}}}},
+}
 MODEL_INFO: dict[str, Any] = {
     "summary": "Which model is served",
     "responses": {200: {"description": "the model", "content": {"application/json": {"schema": {"type": "object"}}}}},

@@ -19,7 +19,9 @@ from minisgl.http.accounting import Accounts, Call
 from minisgl.http.answers import EventStream, Renderer, Sink, Stream, WholeAnswer
 from minisgl.http.errors import ApiError, json_response
 from minisgl.http.health import HealthView
+from minisgl.http.metrics import MEDIA_TYPE, ServerMetrics
 from minisgl.http.protocol import Edge, Ingress, ingress_of
+from minisgl.http.security import Gate
 from minisgl.http.streaming import Streams
 from minisgl.http.writer import ResponseWriter
 from minisgl.messages import JsonObject
@@ -60,6 +62,11 @@ def create_app(service: Service) -> ASGIApp:
         body = {"status": status, "problems": problems, "workers": service.health.workers()}
         return json_response(503 if problems else 200, body)
 
+    server_metrics = ServerMetrics(service.spec, service.accounts, service.streams, service.health)
+
+    async def metrics() -> Response:
+        return Response(await server_metrics.render(), media_type=MEDIA_TYPE)
+
     async def model_info() -> Response:
         return json_response(200, _model_info(service.spec))
 
@@ -69,10 +76,11 @@ def create_app(service: Service) -> ASGIApp:
     add = app.add_api_route
     add("/generate", generate, methods=["POST"], response_model=None, **api_docs.GENERATE)
     add("/health", health, methods=["GET"], response_model=None, **api_docs.HEALTH)
+    add("/metrics", metrics, methods=["GET"], response_model=None, **api_docs.METRICS)
     add("/get_model_info", model_info, methods=["GET"], response_model=None, **api_docs.MODEL_INFO)
     add("/model_info", model_info, methods=["GET"], response_model=None, **api_docs.MODEL_INFO)
     add("/", hint, methods=["GET"], include_in_schema=False)
-    return Edge(app)
+    return Edge(app, Gate(service.spec.config))
 
 
 async def _generate(service: Service, request: Request) -> Response:

@@ -10,13 +10,23 @@ STALE_SECONDS = 1.0
 
 
 class HealthView:
-    """The supervisor sends Health several times a second; its silence is itself a problem."""
+    """The supervisor sends Health several times a second; its silence is itself a problem.
+
+    Attributes:
+        figures: those of the other http workers, where there are several; they are for GET /metrics alone.
+    """
 
     def __init__(self) -> None:
+        self.figures: dict[str, JsonObject] = {}
         self._last: Health | None = None
         self._heard_at = 0.0
 
     def take(self, message: Health) -> None:
+        self.figures = {
+            name: worker["stats"].pop("figures")
+            for name, worker in message.workers.items()
+            if "figures" in worker.get("stats", {})
+        }
         self._last = message
         self._heard_at = time.monotonic()
 

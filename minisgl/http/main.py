@@ -84,7 +84,10 @@ class HttpProcess:
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._worker.tick()
         self._streams.drop_stalled()
+        self._streams.figures.tick()
         self._worker.stats.update(self._accounts.snapshot(), **self._streams.snapshot())
+        if self._worker.spec.config.http_workers > 1:
+            self._worker.stats["figures"] = self._streams.figures.snapshot()
         loop.call_later(TICK_SECONDS, self._tick, loop)
 
     def _on_messages(self, messages: list[Message]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from minisgl.http.errors import ApiError, to_json
+from minisgl.http.security import Gate
 from minisgl.timeline import now
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -69,12 +70,14 @@ class Ingress:
         request_id: the client's X-Request-Id, or one drawn here.
         send: the server's own ASGI send, unwrapped: it finishes without waiting unless the client does not read.
         abort_connection: drop the connection and whatever is still buffered for it.
+        headers: what every response to it must carry.
     """
 
     received_ns: int
     request_id: str
     send: Send
     abort_connection: Callable[[], None]
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 def ingress_of(scope: Scope) -> Ingress:
@@ -83,25 +86,28 @@ def ingress_of(scope: Scope) -> Ingress:
 
 
 class Edge:
-    """Attaches the Ingress and answers with X-Request-Id; needs BoundedHttpProtocol below it.
+    """Attaches the Ingress, asks the Gate, and answers with X-Request-Id; needs BoundedHttpProtocol below it.
 
     Pure ASGI, and streams are sent past it, so it adds nothing to a chunk.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self._app = app
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
-        ingress = Ingress(state["received_ns"], _request_id(scope), send, state["abort_connection"])
-        scope[_SCOPE_KEY] = ingress
+        request_id = _request_id(scope)
+        headers = [(b"x-request-id", request_id.encode("ascii")), *self._gate.cors_headers(scope)]
+        scope[_SCOPE_KEY] = Ingress(state["received_ns"], request_id, send, state["abort_connection"], headers)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", ingress.request_id.encode("ascii"))]
+                message["headers"] = [*message["headers"], *headers]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        answer = self._gate.answer(scope)
+        await (answer or self._app)(scope, receive, send_with_id)
 
 
 def _request_id(scope: Scope) -> str:

@@ -18,6 +18,7 @@ from minisgl.config import WorkerSpec
 from minisgl.http import recovery
 from minisgl.http.answers import Stream
 from minisgl.http.errors import ApiError
+from minisgl.http.figures import Figures
 from minisgl.http.recovery import Fate, Verdict, WorkerLives
 from minisgl.messages import (
     AbortRequest,
@@ -45,12 +46,14 @@ class Streams:
 
     Attributes:
         draining: why new requests are refused ("" while they are not).
+        figures: what the requests took, for GET /metrics.
         replayed: requests sent again after a death.
         late_rows: rows and errors for ids that nobody waits for any more.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.draining = ""
+        self.figures = Figures()
         self.replayed = 0
         self.late_rows = 0
         self._spec = spec
@@ -103,12 +106,14 @@ class Streams:
                 logger.info("%s summary: %s", stream.call.request_id, _summary(stream))
         streams[0].call.end(outcome, detail)
         for stream in streams:
+            self.figures.measure(stream, outcome)
             stream.siblings = []
 
     # ---- from the ring -----------------------------------------------------------------------------------------------
 
     def take_deltas(self, batch: DeltaBatch) -> None:
         arrived = now()
+        self.figures.take(batch)
         openings = {opening.row: opening for opening in batch.openings}
         columns = zip(batch.rids, batch.texts, batch.token_counts, batch.finishes, strict=True)
         end = 0
@@ -211,6 +216,8 @@ class Streams:
         request = GenerateRequest(stream.rid, stream.prompt, stream.sampling, list(stream.stamps))
         self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, request)
         self._table[stream.rid] = stream
+        if self._narrate:
+            logger.info("%s is request %d on the ring", stream.call.request_id, stream.rid)
 
     def _abort(self, stream: Stream) -> None:
         self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, AbortRequest(stream.rid))

@@ -46,9 +46,9 @@ class ResponseWriter:
         self._last_body_sent = False
 
     def start(self, status: int, media_type: str, headers: dict[str, str]) -> None:
-        fields = {"content-type": media_type, **headers, "x-request-id": self._ingress.request_id}
+        fields = {"content-type": media_type, **headers}
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
-        self._head = {"type": "http.response.start", "status": status, "headers": encoded}
+        self._head = {"type": "http.response.start", "status": status, "headers": encoded + self._ingress.headers}
 
     def write(self, text: str) -> None:
         """Add ASCII text to the body; it leaves at the next flush."""
