@@ -19,7 +19,7 @@ class Server:
         self.aborted = 0
         self.broken = False
         self._room: asyncio.Future[None] | None = None
-        self.writer = ResponseWriter(Ingress(0, "id", self.send, self.abort))
+        self.writer = ResponseWriter(Ingress(0, "id", self.send, self.abort, [(b"x-request-id", b"id")]))
 
     def fill(self) -> None:
         self._room = asyncio.get_running_loop().create_future()
