@@ -179,6 +179,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     """Union of the ids named by generation_config.json, config.json and the tokenizer's eos_token, sorted."""
     architecture: str
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    """What generation_config.json recommends, as fields of SamplingParams; chats use it where the client is silent."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minisgl.config import ConfigError, ModelSpec, ServerConfig
+from minisgl.sampling_params import InvalidSamplingParams, SamplingParams
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -156,7 +157,24 @@ def read_model_spec(directory: Path, config: ServerConfig, name: str, source: st
         vocab_size=vocab_size,
         eos_token_ids=_eos_token_ids(directory, text_config),
         architecture=str(architectures[0]),
+        sampling_defaults=_sampling_defaults(directory),
     )
+
+
+def _sampling_defaults(directory: Path) -> dict[str, Any]:
+    """The sampling that the model's makers recommend. `do_sample: false` is greedy, and top_k 0 means all tokens."""
+    path = directory / "generation_config.json"
+    given = read_json(path)
+    values = {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p") if given.get(name) is not None}
+    if values.get("top_k") == 0:
+        values["top_k"] = -1
+    if given.get("do_sample") is False:
+        values = {"temperature": 0.0}
+    try:
+        SamplingParams(**values).validate()
+    except (InvalidSamplingParams, TypeError) as error:
+        raise ModelNotFound(f"{path} cannot be used: {error}; correct it") from None
+    return values
 
 
 def _dict(value: Any) -> dict[str, Any]:
