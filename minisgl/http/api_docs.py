@@ -32,9 +32,8 @@ _ERROR = _object(
                 "message": {**_STRING, "description": "what is wrong and what to do"},
                 "type": _STRING,
                 "code": {**_STRING, "description": "a stable word for programs"},
-                "param": {**_STRING, "description": "the field at fault"},
+                "param": {"type": ["string", "null"], "description": "the field at fault"},
             },
-            optional=("param",),
         )
     }
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -13,19 +15,23 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 import minisgl
-from minisgl.config import DEMO_MODEL, WorkerSpec
-from minisgl.http import api_docs, native
+from minisgl.config import WorkerSpec
+from minisgl.http import api_docs, compat_docs, info, native, openai, sglang
 from minisgl.http.accounting import Accounts, Call
-from minisgl.http.answers import EventStream, Renderer, Sink, Stream, WholeAnswer
+from minisgl.http.answers import Stream
 from minisgl.http.errors import ApiError, json_response
+from minisgl.http.generation import Caller, Generation
 from minisgl.http.health import HealthView
 from minisgl.http.metrics import MEDIA_TYPE, ServerMetrics
 from minisgl.http.protocol import Edge, Ingress, ingress_of
+from minisgl.http.schemas import parse_object
 from minisgl.http.security import Gate
 from minisgl.http.streaming import Streams
 from minisgl.http.writer import ResponseWriter
 from minisgl.messages import JsonObject
 
+Read: TypeAlias = Callable[[JsonObject, Caller], Generation]
+"""How an API validates its request bodies."""
 BODY_SECONDS = 60.0
 """A request whose body has not arrived by then is dropped."""
 
@@ -51,8 +57,33 @@ def create_app(service: Service) -> ASGIApp:
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
 
+    started = int(time.time())
+
     async def generate(request: Request) -> Response:
-        return await _generate(service, request)
+        return await _generate(service, request, _read_either)
+
+    async def chat_completions(request: Request) -> Response:
+        return await _generate(service, request, openai.read_chat)
+
+    async def completions(request: Request) -> Response:
+        return await _generate(service, request, openai.read_completion)
+
+    async def models() -> Response:
+        return json_response(200, {"object": "list", "data": [info.model_card(service.spec, started)]})
+
+    async def model(name: str) -> Response:
+        return json_response(200, info.model_card(service.spec, started, name))
+
+    async def server_info() -> Response:
+        return json_response(200, info.server_info(service.spec, service.health))
+
+    async def flush_cache() -> Response:
+        return PlainTextResponse("Cache flushed.\n")
+
+    async def abort_request(request: Request) -> Response:
+        raw = await _read_body(service, request, ingress_of(request.scope))
+        service.streams.abort_named(sglang.read_abort(parse_object(raw)))
+        return Response(status_code=200)
 
     async def health() -> Response:
         problems = service.health.problems()
@@ -68,7 +99,7 @@ def create_app(service: Service) -> ASGIApp:
         return Response(await server_metrics.render(), media_type=MEDIA_TYPE)
 
     async def model_info() -> Response:
-        return json_response(200, _model_info(service.spec))
+        return json_response(200, info.model_info(service.spec))
 
     async def hint() -> Response:
         return PlainTextResponse(f"minisgl serves {service.spec.model.name}. Try POST /generate, or open /docs.\n")
@@ -79,26 +110,38 @@ def create_app(service: Service) -> ASGIApp:
     add("/metrics", metrics, methods=["GET"], response_model=None, **api_docs.METRICS)
     add("/get_model_info", model_info, methods=["GET"], response_model=None, **api_docs.MODEL_INFO)
     add("/model_info", model_info, methods=["GET"], response_model=None, **api_docs.MODEL_INFO)
+    add("/server_info", server_info, methods=["GET"], response_model=None, **compat_docs.SERVER_INFO)
+    add("/get_server_info", server_info, methods=["GET"], response_model=None, **compat_docs.SERVER_INFO)
+    add("/health_generate", health, methods=["GET"], response_model=None, **api_docs.HEALTH)
+    add("/flush_cache", flush_cache, methods=["GET", "POST"], response_model=None, **compat_docs.FLUSH_CACHE)
+    add("/abort_request", abort_request, methods=["POST"], response_model=None, **compat_docs.ABORT)
+    add("/v1/chat/completions", chat_completions, methods=["POST"], response_model=None, **compat_docs.CHAT)
+    add("/v1/completions", completions, methods=["POST"], response_model=None, **compat_docs.COMPLETIONS)
+    add("/v1/models", models, methods=["GET"], response_model=None, **compat_docs.MODELS)
+    add("/v1/models/{name:path}", model, methods=["GET"], response_model=None, **compat_docs.MODEL)
     add("/", hint, methods=["GET"], include_in_schema=False)
     return Edge(app, Gate(service.spec.config))
 
 
-async def _generate(service: Service, request: Request) -> Response:
-    config = service.spec.config
+def _read_either(body: JsonObject, caller: Caller) -> Generation:
+    """POST /generate has two APIs; the body's keys say which one is meant."""
+    read: Read = sglang.read if "text" in body or "input_ids" in body else native.read
+    return read(body, caller)
+
+
+async def _generate(service: Service, request: Request, read: Read) -> Response:
     ingress = ingress_of(request.scope)
     call = Call(service.accounts, ingress.request_id, ingress.received_ns)
     try:
         raw = await _read_body(service, request, ingress)
         service.streams.check_admission()
-        generation = native.parse(raw, service.spec.model)
         sse = "text/event-stream" in request.headers.get("accept", "")
-        wire = native.ServerSentEvents if sse else native.JsonLines
-        renderer: Renderer = wire(generation.return_token_ids)
-        sink: Sink = EventStream(renderer) if generation.stream else WholeAnswer(renderer)
-        writer = ResponseWriter(ingress, config.narrate)
-        name, prompt, sampling = ingress.request_id, generation.prompt, generation.sampling
-        stream = Stream(call=call, writer=writer, sink=sink, prompt=prompt, sampling=sampling, name=name)
-        return service.streams.submit([stream])
+        generation = read(parse_object(raw), Caller(service.spec.model, ingress.request_id, sse))
+        if len(generation.asks) > 1:
+            service.streams.check_admission(len(generation.asks))
+            generation.check_size(len(raw))
+        writer = ResponseWriter(ingress, service.spec.config.narrate)
+        return service.streams.submit(_streams(generation, call, writer))
     except ApiError as error:
         call.end(error.outcome, f"{error.status} {error.code}")
         raise
@@ -108,6 +151,21 @@ async def _generate(service: Service, request: Request) -> Response:
     except BaseException:
         call.end("failed", "internal error")
         raise
+
+
+def _streams(generation: Generation, call: Call, writer: ResponseWriter) -> list[Stream]:
+    return [
+        Stream(
+            call=call,
+            writer=writer,
+            sink=generation.sink,
+            prompt=ask.prompt,
+            sampling=ask.sampling,
+            name=ask.name,
+            index=index,
+        )
+        for index, ask in enumerate(generation.asks)
+    ]
 
 
 async def _read_body(service: Service, request: Request, ingress: Ingress) -> bytes:
@@ -130,30 +188,6 @@ async def _read_body(service: Service, request: Request, ingress: Ingress) -> by
         deadline.cancel()
         service.uploads.discard(ingress)
     return bytes(body)
-
-
-def _model_info(spec: WorkerSpec) -> JsonObject:
-    """sglang's keys. Clients load a tokenizer from `tokenizer_path`, so it is a name or path that can be loaded."""
-    model = spec.model
-    path = model.directory if model.source == DEMO_MODEL else model.source
-    return {
-        "model_path": path,
-        "served_model_name": model.name,
-        "tokenizer_path": path,
-        "is_generation": True,
-        "preferred_sampling_params": None,
-        "weight_version": "default",
-        "load_format": spec.config.load_format,
-        "reasoning_parser": None,
-        "tool_call_parser": None,
-        "disaggregation_mode": "null",
-        "has_image_understanding": False,
-        "has_audio_understanding": False,
-        "architectures": [model.architecture],
-        "context_length": model.context_length,
-        "vocab_size": model.vocab_size,
-        "eos_token_ids": list(model.eos_token_ids),
-    }
 
 
 async def _on_api_error(request: Request, error: Any) -> Response:

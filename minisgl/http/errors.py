@@ -49,10 +49,7 @@ class ApiError(Exception):
         return "rejected" if self.code in ("queue_full", "draining") else "failed"
 
     def body(self) -> JsonObject:
-        error: JsonObject = {"message": self.message, "type": self.type, "code": self.code}
-        if self.param is not None:
-            error["param"] = self.param
-        return {"error": error}
+        return {"error": {"message": self.message, "type": self.type, "code": self.code, "param": self.param}}
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii as json_string
 
 from minisgl.config import ModelSpec
 from minisgl.http.answers import Prompt, Stream
 from minisgl.http.errors import ApiError, to_json
+from minisgl.http.generation import Ask, Caller, Generation, check_sampling, make_sink
 from minisgl.http.schemas import (
     BOOLEAN,
     INTEGER,
@@ -23,14 +22,12 @@ from minisgl.http.schemas import (
     check_token_ids,
     field,
     object_schema,
-    parse_object,
     read_fields,
 )
 from minisgl.messages import JsonObject
 from minisgl.sampling_params import (
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
-    InvalidSamplingParams,
     SamplingParams,
 )
 
@@ -125,22 +122,15 @@ SAMPLING_FIELDS = {
 FIELDS = {**PROMPT_FIELDS, **SAMPLING_FIELDS}
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A validated request."""
-
-    prompt: Prompt
-    sampling: SamplingParams
-    stream: bool
-    return_token_ids: bool
-
-
-def parse(raw: bytes, model: ModelSpec) -> Generation:
+def read(body: JsonObject, caller: Caller) -> Generation:
     """Validate a request body; raises ApiError with a sentence that says what to change."""
-    values = read_fields(parse_object(raw), FIELDS)
-    prompt = _prompt(values.pop("prompt"), values.pop("messages"), model)
-    stream, return_token_ids = values.pop("stream"), values.pop("return_token_ids")
-    return Generation(prompt, _sampling(values, model), stream, return_token_ids)
+    values = read_fields(body, FIELDS)
+    prompt = _prompt(values.pop("prompt"), values.pop("messages"), caller.model)
+    stream, name_token_ids = values.pop("stream"), values.pop("return_token_ids")
+    sampling = check_sampling(values, caller.model)
+    wire = ServerSentEvents if caller.wants_sse else JsonLines
+    ask = Ask(caller.request_id, prompt, sampling)
+    return Generation([ask], make_sink(wire(name_token_ids), stream))
 
 
 def _prompt(prompt: str | list[int] | None, messages: list[JsonObject] | None, model: ModelSpec) -> Prompt:
@@ -155,21 +145,6 @@ def _prompt(prompt: str | list[int] | None, messages: list[JsonObject] | None, m
     if isinstance(prompt, list):
         check_token_ids("prompt", prompt, model.vocab_size)
     return prompt
-
-
-def _sampling(values: JsonObject, model: ModelSpec) -> SamplingParams:
-    stop = values["stop"]
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
-    params = SamplingParams(**values)
-    try:
-        params.validate()
-    except InvalidSamplingParams as error:
-        param = next((word for word in str(error).split() if word in SAMPLING_FIELDS), None)
-        raise ApiError(400, "invalid_value", str(error), param=param) from None
-    check_token_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
-    # A request may have to be generated again after a worker died; with a seed of its own it comes out the same.
-    return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
 
 
 class JsonLines:

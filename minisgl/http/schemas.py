@@ -44,6 +44,12 @@ TOKEN_IDS = Kind(
     lambda value: type(value) is list and all(type(item) is int for item in value),
 )
 LIST = Kind("a list", {"type": "array"}, lambda value: type(value) is list)
+TOKEN_ID_LISTS = Kind(
+    "a list of lists of token ids",
+    {"type": "array", "items": TOKEN_IDS.schema},
+    lambda value: type(value) is list and all(map(TOKEN_IDS.accepts, value)),
+)
+OBJECT = Kind("an object", {"type": "object"}, lambda value: type(value) is dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,28 @@ def read_fields(body: JsonObject, fields: Mapping[str, Field]) -> JsonObject:
     for name, value in body.items():
         fields[name].check(name, value, name)
     return {name: body.get(name, spec.default) for name, spec in fields.items()}
+
+
+def without_unsupported(
+    body: JsonObject, fields: Mapping[str, Field], harmless: Mapping[str, Sequence[Any]]
+) -> JsonObject:
+    """The fields that are not null, less those that exist but cannot be served; refuses those that ask for something.
+
+    Args:
+        harmless: per field that cannot be served, the values with which it asks for nothing.
+    """
+    for name, value in body.items():
+        if name not in fields and name not in harmless:
+            raise _unknown_field(name, list(fields))
+        if name in harmless and value is not None and not any(_same(value, nothing) for nothing in harmless[name]):
+            sentence = f"{name} is not supported yet by this server; leave it out"
+            raise ApiError(400, "unsupported_field", sentence, param=name)
+    return {name: value for name, value in body.items() if value is not None and name not in harmless}
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality as JSON knows it: 1 is 1.0, but true is not 1."""
+    return bool(value == other) and (type(value) is bool) == (type(other) is bool)
 
 
 def check_messages(messages: list[Any]) -> None:

@@ -109,6 +109,12 @@ class Streams:
             self.figures.measure(stream, outcome)
             stream.siblings = []
 
+    def abort_named(self, name: str | None) -> None:
+        """Have the requests end that clients know by this name (None: all); their clients get what there is so far."""
+        for stream in self._table.values():
+            if not stream.aborting and name in (None, stream.name, stream.call.request_id):
+                self._abort(stream)
+
     # ---- from the ring -----------------------------------------------------------------------------------------------
 
     def take_deltas(self, batch: DeltaBatch) -> None:

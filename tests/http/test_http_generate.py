@@ -184,6 +184,7 @@ def test_the_status_waits_for_the_first_event(rig: Rig) -> None:
             "message": "the prompt has 3000 tokens; 2048 fit",
             "type": "invalid_request_error",
             "code": "prompt_too_long",
+            "param": None,
         }
     }
 

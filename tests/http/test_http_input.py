@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from minisgl.config import ModelSpec
 from minisgl.http import native
 from minisgl.http.errors import ApiError
+from minisgl.http.generation import Caller
+from minisgl.http.schemas import parse_object
 from minisgl.messages import GenerateRequest, decode, encode
 from minisgl.timeline import now
 
 MODEL = ModelSpec("models/demo", "demo", "demo", 2048, 1000, (2,), "Qwen2ForCausalLM")
+CALLER = Caller(MODEL, "an-id", wants_sse=False)
 MAX_BODY = 20_000
 
 
@@ -284,22 +287,22 @@ SENSIBLE = {
 @settings(max_examples=100, deadline=None)
 @given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=SENSIBLE))
 def test_whatever_is_in_range_is_taken_and_crosses_the_ring(body: dict[str, Any]) -> None:
-    generation = native.parse(json.dumps(body).encode(), MODEL)
-    request = GenerateRequest(1, generation.prompt, generation.sampling, [now()])
+    (ask,) = native.read(parse_object(json.dumps(body).encode()), CALLER).asks
+    request = GenerateRequest(1, ask.prompt, ask.sampling, [now()])
     assert decode(encode(request)) == request
-    assert generation.prompt == body["prompt"]
+    assert ask.prompt == body["prompt"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(body=NEARLY_RIGHT)
 def test_whatever_is_taken_crosses_the_ring(body: dict[str, Any]) -> None:
     try:
-        generation = native.parse(json.dumps(body).encode(), MODEL)
+        (ask,) = native.read(parse_object(json.dumps(body).encode()), CALLER).asks
     except ApiError as error:
         assert error.status == 400
         assert error.message
     else:
-        request = GenerateRequest(1, generation.prompt, generation.sampling, [now()])
+        request = GenerateRequest(1, ask.prompt, ask.sampling, [now()])
         assert decode(encode(request)) == request
 
 
@@ -331,7 +334,7 @@ def test_openapi_describes_what_is_checked(rig: Rig) -> None:
 def _accepts(name: str, value: Any) -> bool:
     body = {"prompt": "x", name: value} if name != "messages" else {name: value}
     try:
-        native.parse(json.dumps(body).encode(), MODEL)
+        native.read(parse_object(json.dumps(body).encode()), CALLER)
     except ApiError:
         return False
     return True

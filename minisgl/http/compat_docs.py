@@ -1,0 +1,90 @@
+"""What /openapi.json says about the routes of OpenAI's and sglang's APIs; api_docs.py has the server's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisgl.http.api_docs import GENERATE
+from minisgl.http.openai_fields import CHAT_FIELDS, CHAT_HARMLESS, COMPLETION_FIELDS, COMPLETION_HARMLESS
+from minisgl.http.schemas import Field, object_schema
+from minisgl.messages import JsonObject
+
+_ANY_OBJECT: JsonObject = {"type": "object"}
+_ANY_STRING: JsonObject = {"type": "string"}
+_FAILURES = {status: response for status, response in GENERATE["responses"].items() if status != 200}
+
+
+def _response(schema: JsonObject, description: str, media_type: str = "application/json") -> JsonObject:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+def _body(schema: JsonObject, example: JsonObject) -> JsonObject:
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _openai_body(
+    fields: Mapping[str, Field], harmless: Mapping[str, Sequence[Any]], required: str, example: JsonObject
+) -> JsonObject:
+    schema = object_schema(fields, required=[required])
+    for name, values in harmless.items():
+        schema["properties"][name] = {"enum": [None, *values], "description": "not supported: only these values"}
+    return _body(schema, example)
+
+
+def _generation(summary: str, body: JsonObject) -> dict[str, Any]:
+    answer = {
+        "description": "the answer",
+        "content": {"application/json": {"schema": _ANY_OBJECT}, "text/event-stream": {"schema": _ANY_STRING}},
+    }
+    unknown_model = _FAILURES[400] | {"description": "another model is asked for"}
+    return {
+        "summary": summary,
+        "openapi_extra": body,
+        "responses": {200: answer, 404: unknown_model, **_FAILURES},
+    }
+
+
+CHAT = _generation(
+    "Answer a chat (OpenAI's API)",
+    _openai_body(
+        CHAT_FIELDS, CHAT_HARMLESS, "messages", {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    ),
+)
+COMPLETIONS = _generation(
+    "Continue a text (OpenAI's API)",
+    _openai_body(COMPLETION_FIELDS, COMPLETION_HARMLESS, "prompt", {"prompt": "Once upon a time", "max_tokens": 32}),
+)
+MODELS: dict[str, Any] = {
+    "summary": "The served model (OpenAI's API)",
+    "responses": {200: _response(_ANY_OBJECT, "a list of one")},
+}
+MODEL: dict[str, Any] = {
+    "summary": "One model (OpenAI's API)",
+    "responses": {200: _response(_ANY_OBJECT, "the model"), 404: _FAILURES[400] | {"description": "not served here"}},
+}
+SERVER_INFO: dict[str, Any] = {
+    "summary": "The server's settings and the state of its schedulers",
+    "responses": {200: _response(_ANY_OBJECT, "the settings")},
+}
+FLUSH_CACHE: dict[str, Any] = {
+    "summary": "Forget cached prompts",
+    "responses": {200: _response(_ANY_STRING, "done", "text/plain")},
+}
+ABORT: dict[str, Any] = {
+    "summary": "End running requests",
+    "description": "The clients of these requests get what has been generated so far, with finish reason `abort`.",
+    "openapi_extra": _body(
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "rid": {"type": ["string", "null"], "description": "the request's `rid` or X-Request-Id"},
+                "abort_all": {"type": "boolean", "default": False},
+            },
+        },
+        {"rid": "my-request"},
+    ),
+    "responses": {200: {"description": "they are being aborted, if they were running"}, **_FAILURES},
+}

@@ -1,0 +1,204 @@
+"""sglang's own API: POST /generate with `text` or `input_ids`, answered in its format (sglang_wire.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minisgl.config import ModelSpec
+from minisgl.http.answers import Prompt, Sink, WholeAnswer
+from minisgl.http.errors import ApiError
+from minisgl.http.generation import Ask, Caller, Generation, check_sampling, samples
+from minisgl.http.native import SAMPLING_FIELDS
+from minisgl.http.schemas import (
+    BOOLEAN,
+    INTEGER,
+    NULL,
+    OBJECT,
+    STRING,
+    STRINGS,
+    TOKEN_ID_LISTS,
+    TOKEN_IDS,
+    Kind,
+    check_token_ids,
+    field,
+    read_fields,
+    without_unsupported,
+)
+from minisgl.http.sglang_wire import CumulativeStream, SglangWire
+from minisgl.messages import JsonObject
+from minisgl.sampling_params import SamplingParams
+
+MAX_SAMPLES = 128
+
+_OBJECTS = Kind(
+    "a list of objects",
+    {"type": "array", "items": {"type": "object"}},
+    lambda value: type(value) is list and all(map(OBJECT.accepts, value)),
+)
+FIELDS = {
+    "text": field(STRING, STRINGS, default=None, description="one or several texts to continue"),
+    "input_ids": field(TOKEN_IDS, TOKEN_ID_LISTS, default=None, description="the same as token ids"),
+    "sampling_params": field(OBJECT, _OBJECTS, default=None, description="for all texts, or one object for each"),
+    "stream": field(BOOLEAN, default=False, description="send the text so far, again and again, as it is generated"),
+    "rid": field(STRING, STRINGS, default=None, description="ids of the requests, for /abort_request"),
+}
+ABORT_FIELDS = {
+    "rid": field(STRING, NULL, default=None, description="the request's rid or X-Request-Id"),
+    "abort_all": field(BOOLEAN, default=False, description="end all requests"),
+}
+SAMPLING = {
+    **{name: spec for name, spec in SAMPLING_FIELDS.items() if name != "seed"},
+    "max_new_tokens": field(
+        INTEGER,
+        default=SamplingParams().max_new_tokens,
+        description="tokens to generate at most; null means up to the context length, 0 only reads the prompt",
+        minimum=0,
+    ),
+    "sampling_seed": SAMPLING_FIELDS["seed"],
+    "n": field(INTEGER, default=1, description="answers per text", minimum=1, maximum=MAX_SAMPLES),
+}
+
+_ONLY_NULL: Sequence[Any] = ()
+HARMLESS: dict[str, Sequence[Any]] = {
+    **dict.fromkeys(
+        (
+            "return_logprob",
+            "return_text_in_logprobs",
+            "return_hidden_states",
+            "return_routed_experts",
+            "return_indexer_topk",
+            "return_sampling_mask",
+            "return_flat_raw_top_logprobs",
+            "return_flat_raw_top_logprobs_b64",
+            "return_prompt_token_ids",
+            "return_bytes",
+            "return_entropy",
+            "use_audio_in_video",
+            "background",
+            "require_reasoning",
+            "no_logs",
+        ),
+        (False,),
+    ),
+    "logprob_start_len": (-1, 0),
+    "top_logprobs_num": (0,),
+    "routed_experts_start_len": (0,),
+    "log_metrics": (True,),
+    "modalities": ([], ["text"]),
+    "priority": (0,),
+    **dict.fromkeys(
+        (
+            "audio_data",
+            "bootstrap_host",
+            "bootstrap_port",
+            "bootstrap_room",
+            "cache_salt",
+            "conversation_id",
+            "custom_labels",
+            "custom_logit_processor",
+            "extra_key",
+            "image_data",
+            "input_embeds",
+            "lora_id",
+            "lora_path",
+            "max_thinking_tokens",
+            "routed_dp_rank",
+            "routing_key",
+            "session_id",
+            "session_params",
+            "token_ids_logprob",
+            "video_data",
+        ),
+        _ONLY_NULL,
+    ),
+}
+SAMPLING_HARMLESS: dict[str, Sequence[Any]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ([],),
+    "logit_bias": ({},),
+    **dict.fromkeys(
+        ("beam_width", "custom_params", "ebnf", "json_schema", "regex", "stream_interval", "structural_tag"), _ONLY_NULL
+    ),
+}
+"""Fields that exist and are not served, with the values that ask for nothing; null always does."""
+
+
+def read(body: JsonObject, caller: Caller) -> Generation:
+    """Validate a request body; raises ApiError with a sentence that says what to change."""
+    if "prompt" in body or "messages" in body:
+        both = "send 'text' or 'input_ids' (sglang's API) or 'prompt' or 'messages' (this server's own), not both"
+        raise ApiError(400, "prompt_or_text", both)
+    values = read_fields(without_unsupported(body, FIELDS, HARMLESS), FIELDS)
+    prompts, is_list = _prompts(values["text"], values["input_ids"], caller.model)
+    names = _names(values["rid"] or caller.request_id, len(prompts), is_list)
+    params = values["sampling_params"] or {}
+    if isinstance(params, dict):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        each = f"send one object in sampling_params, or one for each of the {len(prompts)} texts; got {len(params)}"
+        raise ApiError(400, "invalid_value", each, param="sampling_params")
+    asks: list[Ask] = []
+    prefill_only: set[int] = set()
+    for name, prompt, given in zip(names, prompts, params, strict=True):
+        sampling, count, is_prefill = _sampling(given, caller.model)
+        if is_prefill:
+            prefill_only.update(range(len(asks), len(asks) + count))
+        asks += [Ask(name, prompt, sample) for sample in samples(sampling, count)]
+    wire = SglangWire(len(asks), is_list or len(asks) > 1, prefill_only)
+    sink: Sink = CumulativeStream(wire, len(asks)) if values["stream"] else WholeAnswer(wire, len(asks))
+    return Generation(asks, sink)
+
+
+def _prompts(text: Any, input_ids: Any, model: ModelSpec) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether they came as a list (which is then answered by a list)."""
+    if text is not None and input_ids is not None:
+        raise ApiError(400, "prompt_or_text", "send either 'text' or 'input_ids', not both")
+    given = input_ids if text is None else text
+    name = "input_ids" if text is None else "text"
+    is_list = isinstance(given, list) and (given is text or bool(given and isinstance(given[0], list)))
+    prompts: list[Prompt] = given if is_list else [given]
+    if not prompts or not all(prompts):
+        raise ApiError(400, "invalid_value", f"{name} must not be empty", param=name)
+    for prompt in prompts:
+        if isinstance(prompt, list):
+            check_token_ids(name, [item for item in prompt if isinstance(item, int)], model.vocab_size)
+    return prompts, is_list
+
+
+def _names(rid: str | list[str], count: int, is_list: bool) -> list[str]:
+    names = rid if isinstance(rid, list) else [f"{rid}_{index}" for index in range(count)] if is_list else [rid]
+    if len(names) != count or not all(names):
+        raise ApiError(400, "invalid_value", f"rid must be a text, or {count} of them, none empty", param="rid")
+    return names
+
+
+def _sampling(given: JsonObject, model: ModelSpec) -> tuple[SamplingParams, int, bool]:
+    """The sampling of one text, how many answers it gets, and whether its prompt is only to be read."""
+    values = read_fields(without_unsupported(given, SAMPLING, SAMPLING_HARMLESS), SAMPLING)
+    if given.get("max_new_tokens", 0) is None:
+        values["max_new_tokens"] = None
+    count = values.pop("n")
+    if not 1 <= count <= MAX_SAMPLES:
+        raise ApiError(400, "invalid_value", f"n must be from 1 to {MAX_SAMPLES}, got {count}", param="n")
+    values["seed"] = values.pop("sampling_seed")
+    is_prefill = values["max_new_tokens"] == 0
+    if is_prefill:
+        # The first token comes with the prefill anyway; it is generated and not shown.
+        values["max_new_tokens"] = 1
+        values["min_new_tokens"] = 0
+    return check_sampling(values, model, {"seed": "sampling_seed"}), count, is_prefill
+
+
+def read_abort(body: JsonObject) -> str | None:
+    """The name of the requests that POST /abort_request is to end; None means all of them."""
+    values = read_fields(body, ABORT_FIELDS)
+    if values["abort_all"]:
+        return None
+    if not values["rid"]:
+        raise ApiError(400, "invalid_value", "send the 'rid' of the request to end, or abort_all=true", param="rid")
+    name: str = values["rid"]
+    return name.removeprefix("chatcmpl-").removeprefix("cmpl-")
