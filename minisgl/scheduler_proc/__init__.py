@@ -10,4 +10,8 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     request.py    the border between the two: Request, StepPlan
     kv_pages.py   which KV pages are free
     engine.py     runs a StepPlan on the device and returns one token per sampling row
+    sampler.py    logits -> token ids, each row by its own parameters
+    device.py     where the model runs, in which precision; kv_sizing.py: how many KV pages it gets
+    models/       config.json and weights -> the forward pass of a step
+    attention/    the KV pool, and attention over its pages
 """

@@ -174,3 +174,15 @@ def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model", "architectures": ["NoSuchModel"]}')
     with pytest.raises(ModelError, match="no-such-model"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("context_length", "warned"), [(64, False), (128, True)])
+def test_a_position_encoding_that_grows_with_the_batch_is_mentioned(
+    context_length: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    module = make_module("phi3", {"rope_parameters": rope, "original_max_position_embeddings": 64})
+    module.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="minisgl"):
+        load(tmp_path, context_length=context_length)
+    assert ("--context-length 64 avoids that" in caplog.text) == warned

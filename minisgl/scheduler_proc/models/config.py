@@ -57,8 +57,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method")
         raise ModelError(f"quantised checkpoints ({method}) are not supported; use the model's unquantised weights")
     return config
 

@@ -65,7 +65,12 @@ def load_model(
         from minisgl.scheduler_proc.models.transformers_model import load_transformers_model
 
         return load_transformers_model(
-            directory, dtype=dtype, device=device, dummy_seed=dummy_seed, trust_remote_code=trust_remote_code
+            directory,
+            dtype=dtype,
+            device=device,
+            context_length=context_length,
+            dummy_seed=dummy_seed,
+            trust_remote_code=trust_remote_code,
         )
     weights = allocate_weights(config, dtype, device)
     if dummy_seed is None:

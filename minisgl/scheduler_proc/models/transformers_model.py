@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec, StepAttentio
 from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelError
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
+
+logger = logging.getLogger(__name__)
 
 # transformers' own annotations of these are incomplete.
 _auto_model: Any = AutoModelForCausalLM
@@ -144,7 +147,13 @@ class TransformersModel:
 
 
 def load_transformers_model(
-    directory: Path, *, dtype: torch.dtype, device: torch.device, dummy_seed: int | None, trust_remote_code: bool
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_length: int,
+    dummy_seed: int | None,
+    trust_remote_code: bool,
 ) -> TransformersModel:
     """Load a model with transformers' own code and weight conversions; raises ModelError."""
     _logging.disable_progress_bar()
@@ -155,6 +164,7 @@ def load_transformers_model(
     name = (hf_config.architectures or [type(hf_config).__name__])[0]
     model = TransformersModel(name)
     _refuse_unsupported(hf_config, name)
+    _warn_of_growing_rope(hf_config, name, context_length)
     options = {"attn_implementation": model.attention_name, "dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         if dummy_seed is not None:
@@ -189,6 +199,23 @@ def _refuse_unsupported(hf_config: Any, name: str) -> None:
         raise ModelError(
             f"{name} does not support transformers' attention interface, which the paged KV cache needs; "
             f"choose another model"
+        )
+
+
+def _warn_of_growing_rope(hf_config: Any, name: str, context_length: int) -> None:
+    """Say so when transformers would change the rotation of a whole step because of one long request in it."""
+    text_config = hf_config.get_text_config()
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return
+    trained = rope.get("original_max_position_embeddings") or text_config.max_position_embeddings
+    if context_length > trained:
+        logger.warning(
+            "%s changes its position encoding beyond %d tokens, for every request that runs beside a longer one; "
+            "--context-length %d avoids that",
+            name,
+            trained,
+            trained,
         )
 
 
