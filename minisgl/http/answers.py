@@ -32,6 +32,7 @@ class Stream(Flight):
         stamps: readings of timeline.STAMPS so far, `written` being the last.
         first_ns, first_tokens: when the first row arrived, and how many tokens it brought.
         last_ns: when the latest row arrived.
+        steps_ns: when each step that brought it tokens was launched and retired, in turn; kept for clients that ask.
         finish: set by the terminal row; NONE while running and after an error.
         matched: the token id or stop string that ended the text, if one did.
         error: what ended it instead of a terminal row.
@@ -46,6 +47,7 @@ class Stream(Flight):
     index: int = 0
     siblings: list[Stream] = field(default_factory=list)
     stamps: list[int] = field(default_factory=list)
+    steps_ns: list[int] | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -61,6 +63,8 @@ class Stream(Flight):
         self.replica = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.first_ns = self.first_tokens = self.last_ns = 0
+        if self.steps_ns:
+            self.steps_ns.clear()
         self.sink.restart(self)
 
     def usage(self) -> JsonObject:
@@ -84,6 +88,7 @@ class Stream(Flight):
         return {
             "hops_us": hops_us(self.stamps),
             "stamps_ns": self.stamps,
+            **({} if self.steps_ns is None else {"steps_ns": self.steps_ns}),
             "ttfb_us": total_us(self.stamps),
             "total_ms": round(seconds * 1e3, 3),
             "tokens_per_second": round(self.completion_tokens / seconds, 2),

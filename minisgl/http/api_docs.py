@@ -53,6 +53,11 @@ _TIMING = _object(
             "items": _INTEGER,
             "description": "the server's CLOCK_MONOTONIC readings between the hops, for clients on the same host",
         },
+        "steps_ns": {
+            "type": "array",
+            "items": _INTEGER,
+            "description": "with return_steps: when each step was launched and retired, in turn, on the same clock",
+        },
         "ttfb_us": _NUMBER,
         "total_ms": _NUMBER,
         "tokens_per_second": {**_NUMBER, "description": "answer tokens per second since the request arrived"},
@@ -60,7 +65,8 @@ _TIMING = _object(
             "type": ["number", "null"],
             "description": "answer tokens per second since the first text; null when all came at once",
         },
-    }
+    },
+    optional=("steps_ns",),
 )
 _ENDING: JsonObject = {
     "finish_reason": {"type": "string", "enum": ["stop", "length", "abort"]},

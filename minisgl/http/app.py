@@ -163,6 +163,7 @@ def _streams(generation: Generation, call: Call, writer: ResponseWriter) -> list
             sampling=ask.sampling,
             name=ask.name,
             index=index,
+            steps_ns=[] if ask.keep_steps else None,
         )
         for index, ask in enumerate(generation.asks)
     ]

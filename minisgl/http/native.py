@@ -51,6 +51,9 @@ PROMPT_FIELDS = {
     "return_token_ids": field(
         BOOLEAN, default=False, description="also name the token ids of each streamed piece of text"
     ),
+    "return_steps": field(
+        BOOLEAN, default=False, description="also say in `timing` when each step of the model began and ended"
+    ),
 }
 SAMPLING_FIELDS = {
     "max_new_tokens": field(
@@ -127,9 +130,10 @@ def read(body: JsonObject, caller: Caller) -> Generation:
     values = read_fields(body, FIELDS)
     prompt = _prompt(values.pop("prompt"), values.pop("messages"), caller.model)
     stream, name_token_ids = values.pop("stream"), values.pop("return_token_ids")
+    keep_steps = values.pop("return_steps")
     sampling = check_sampling(values, caller.model)
     wire = ServerSentEvents if caller.wants_sse else JsonLines
-    ask = Ask(caller.request_id, prompt, sampling)
+    ask = Ask(caller.request_id, prompt, sampling, keep_steps)
     return Generation([ask], make_sink(wire(name_token_ids), stream))
 
 

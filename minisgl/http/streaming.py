@@ -134,6 +134,8 @@ class Streams:
                     _begin(stream, openings[row], arrived, token_count)
                 stream.completion_tokens += token_count
                 stream.last_ns = arrived
+                if stream.steps_ns is not None:
+                    stream.steps_ns += batch.steps_ns
                 stream.sink.delta(stream, text, batch.token_ids[begin:end])
                 self._dirty[stream] = None
             if finish:

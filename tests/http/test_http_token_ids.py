@@ -1,4 +1,4 @@
-"""Streams that name the token ids of their pieces, and the absolute stamps of their timing."""
+"""What a stream says when asked: token ids of its pieces, absolute stamps, the times of its steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from http_rig import Rig, lines, running
 
-from minisgl.messages import FinishReason
+from minisgl.messages import DeltaBatch, FinishReason
 from minisgl.timeline import HOPS
 
 
@@ -54,3 +54,13 @@ def test_stamps_are_the_borders_of_the_hops(rig: Rig) -> None:
     stamps = timing["stamps_ns"]
     assert [(after - before) / 1000 for before, after in pairwise(stamps)] == list(timing["hops_us"].values())
     assert len(stamps) == len(HOPS) + 1
+
+
+def test_steps_are_reported_to_those_who_ask(rig: Rig) -> None:
+    asked, request = rig.ask({"prompt": "Hi", "return_steps": True})
+    rig.ring.send(DeltaBatch([request.rid], ["a"], [1], [1], [FinishReason.NONE], steps_ns=[10, 20]))
+    rig.ring.send(DeltaBatch([request.rid], ["b"], [2], [2, 3], [FinishReason.LENGTH], steps_ns=[20, 35, 35, 50]))
+    assert lines(asked.getresponse())[-1]["timing"]["steps_ns"] == [10, 20, 20, 35, 35, 50]
+    unasked, request = rig.ask({"prompt": "Hi"})
+    rig.ring.send(DeltaBatch([request.rid], ["a"], [1], [1], [FinishReason.LENGTH], steps_ns=[10, 20]))
+    assert "steps_ns" not in lines(unasked.getresponse())[-1]["timing"]
