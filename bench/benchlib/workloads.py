@@ -16,103 +16,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "garden",
-    "winter",
-    "letter",
-    "window",
-    "market",
-    "silver",
-    "engine",
-    "bridge",
-    "forest",
-    "candle",
-    "harbor",
-    "mirror",
-    "planet",
-    "orange",
-    "pepper",
-    "blanket",
-    "ticket",
-    "camera",
-    "doctor",
-    "summer",
-    "valley",
-    "pocket",
-    "button",
-    "carpet",
-    "guitar",
-    "hammer",
-    "island",
-    "jacket",
-    "kitchen",
-    "ladder",
-    "magnet",
-    "needle",
-    "ocean",
-    "pencil",
-    "quarter",
-    "rabbit",
-    "saddle",
-    "tunnel",
-    "umbrella",
-    "violin",
-    "wagon",
-    "yellow",
-    "zebra",
-    "anchor",
-    "basket",
-    "circle",
-    "dragon",
-    "eagle",
-    "feather",
-    "giant",
-    "helmet",
-    "iron",
-    "jungle",
-    "kettle",
-    "lemon",
-    "meadow",
-    "north",
-    "olive",
-    "paper",
-    "quiet",
-    "rocket",
-    "shadow",
-    "temple",
-    "under",
-    "velvet",
-    "water",
-    "young",
-    "about",
-    "before",
-    "carry",
-    "decide",
-    "every",
-    "follow",
-    "gather",
-    "happen",
-    "inside",
-    "journey",
-    "know",
-    "listen",
-    "morning",
-    "never",
-    "often",
-    "perhaps",
-    "question",
-    "remember",
-    "several",
-    "together",
-    "usually",
-    "village",
-    "without",
-    "yesterday",
-    "because",
-]
+_WORDS = (
+    "river stone cloud garden winter letter window market silver engine bridge forest candle harbor mirror planet "
+    "orange pepper blanket ticket camera doctor summer valley pocket button carpet guitar hammer island jacket "
+    "kitchen ladder magnet needle ocean pencil quarter rabbit saddle tunnel umbrella violin wagon yellow zebra anchor "
+    "basket circle dragon eagle feather giant helmet iron jungle kettle lemon meadow north olive paper quiet rocket "
+    "shadow temple under velvet water young about before carry decide every follow gather happen inside journey know "
+    "listen morning never often perhaps question remember several together usually village without yesterday because"
+)
 
 
 class Lengths:
@@ -219,6 +130,7 @@ class PromptMaker:
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self._tokenizer = tokenizer
         self._rng = rng
+        self._words = _WORDS.split()
 
     def make(self, tokens: int) -> str:
         """A text of exactly `tokens` tokens; raises ValueError when the tokenizer cannot give one."""
@@ -235,7 +147,7 @@ class PromptMaker:
     def _text_of_at_least(self, tokens: int) -> str:
         words: list[str] = []
         while True:
-            words.extend(self._rng.choice(WORDS) for _ in range(max(4, tokens // 2)))
+            words.extend(self._rng.choice(self._words) for _ in range(max(4, tokens // 2)))
             text = " ".join(words)
             if self._count(text) >= tokens:
                 return text
