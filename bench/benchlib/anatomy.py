@@ -174,8 +174,14 @@ def chrome_trace(anatomies: Sequence[Anatomy]) -> dict[str, Any]:
         steps_ns = record.timing.get("steps_ns") or ()
         for step in zip(steps_ns[::2], steps_ns[1::2], strict=True):
             steps[step] = steps.get(step, 0) + 1
+    free_ns = 0
     for (launched_ns, retired_ns), requests in sorted(steps.items()):
-        events.append(piece("scheduler", _STEP_LANE, f"step of {requests}", launched_ns, retired_ns))
+        # A step launched while the one before it ran began when that one ended; slices of a lane must not overlap.
+        begin_ns = max(launched_ns, free_ns)
+        launched_us = (launched_ns - origin) / 1e3
+        name = f"step of {requests}"
+        events.append(piece("scheduler", _STEP_LANE, name, begin_ns, retired_ns, launched_us=launched_us))
+        free_ns = retired_ns
     for pid, lane in sorted({(event["pid"], event["tid"]) for event in events if event["ph"] == "X"}):
         name = "steps" if lane == _STEP_LANE else f"requests, lane {lane}"
         events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lane, "args": {"name": name}})
