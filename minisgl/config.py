@@ -90,6 +90,12 @@ class ServerConfig:
         None,
         "web origins whose pages may use the API, such as https://chat.example.com, separated by commas; '*' is any",
     )
+    otlp_endpoint: str | None = _flag(
+        None,
+        "send an OpenTelemetry span of every request to this collector, such as http://127.0.0.1:4318 "
+        "(OTLP over HTTP; needs the extra 'otel')",
+        "--otlp-traces-endpoint",
+    )
     log_level: str = _flag("info", "log level", choices=("debug", "info", "warning", "error"))
     narrate: bool = _flag(False, "log the whole life of every request: prefill, every decode step, every chunk")
 
@@ -148,6 +154,14 @@ class ServerConfig:
         for origin in self.cors_origins():
             known = origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin)
             _require(bool(known), "cors_origin", "'*' or origins such as https://chat.example.com", origin)
+
+        endpoint = self.otlp_endpoint
+        _require(
+            endpoint is None or bool(re.fullmatch(r"https?://[^/\s]\S*", endpoint)),
+            "otlp_endpoint",
+            "a URL such as http://127.0.0.1:4318",
+            endpoint,
+        )
 
     def cors_origins(self) -> list[str]:
         """--cors-origin as a list."""

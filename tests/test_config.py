@@ -65,7 +65,7 @@ def test_every_flag_sets_its_field(name: str) -> None:
         value = "some/text"
     if name in ("http_workers", "port"):
         value = 7
-    elif name == "cors_origin":
+    elif name in ("cors_origin", "otlp_endpoint"):
         value = "https://a.example"
     for spelling in (flag(name), *spec.metadata["aliases"]):
         assert getattr(parse_args([spelling, str(value)], {}), name) == value
@@ -99,6 +99,7 @@ def test_ints_take_binary_suffixes(text: str, value: int) -> None:
         (["--api-key", "two words"], "--api-key must consist of visible ASCII characters without spaces"),
         (["--cors-origin", "https://a.example, b"], "--cors-origin must be '*' or origins such as"),
         (["--cors-origin", "https://a.example/"], "got https://a.example/"),
+        (["--otlp-endpoint", "localhost:4318"], "--otlp-endpoint must be a URL such as http://127.0.0.1:4318"),
         (["--max-body-bytes", "10"], "--max-body-bytes must be at least 1024, got 10"),
     ],
 )

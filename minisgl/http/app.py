@@ -120,7 +120,8 @@ def create_app(service: Service) -> ASGIApp:
     add("/v1/models", models, methods=["GET"], response_model=None, **compat_docs.MODELS)
     add("/v1/models/{name:path}", model, methods=["GET"], response_model=None, **compat_docs.MODEL)
     add("/", hint, methods=["GET"], include_in_schema=False)
-    return Edge(app, Gate(service.spec.config))
+    config = service.spec.config
+    return Edge(app, Gate(config), traced=config.otlp_endpoint is not None)
 
 
 def _read_either(body: JsonObject, caller: Caller) -> Generation:

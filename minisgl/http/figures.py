@@ -24,6 +24,11 @@ RATE_SECONDS = 3.0
 _SCHEDULER_IN, _SCHEDULED = STAMPS.index("scheduler_in"), STAMPS.index("scheduled")
 
 
+def stamps_to_first_byte(stream: Stream) -> list[int]:
+    """Its stamps; without `written` for an answer sent whole, which is written only after its last token."""
+    return stream.stamps if stream.shown else stream.stamps[: len(HOPS)]
+
+
 class Histogram:
     """How many observations fell into each bucket, and their sum."""
 
@@ -69,8 +74,7 @@ class Figures:
     def measure(self, stream: Stream, outcome: str) -> None:
         """Add a request that is over. The gap between tokens is its mean, counted once for each of its gaps."""
         if stream.first_tokens:
-            # An answer sent whole is written after its last token: that is no part of the way to the first.
-            stamps = stream.stamps if stream.shown else stream.stamps[: len(HOPS)]
+            stamps = stamps_to_first_byte(stream)
             for hop, begin, end in zip(HOPS, stamps, stamps[1:], strict=False):
                 self._hops[hop].observe((end - begin) / 1e9)
             self._ttft.observe((stamps[-1] - stamps[0]) / 1e9)

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
 
+from minisgl.config import ConfigError, WorkerSpec
 from minisgl.http.accounting import Accounts
 from minisgl.http.app import Service, create_app
 from minisgl.http.errors import ApiError
@@ -29,6 +31,9 @@ from minisgl.messages import (
 )
 from minisgl.worker import Worker
 
+if TYPE_CHECKING:
+    from minisgl.http.tracing import RequestTracer
+
 TICK_SECONDS = 0.1
 
 
@@ -44,6 +49,7 @@ class HttpProcess:
         self._worker = worker
         self._accounts = Accounts()
         self._streams = Streams(worker.spec)
+        self._streams.tracer = _tracer(worker.spec)
         self._health = HealthView()
         self._crash: Exception | None = None
         self._service = Service(worker.spec, self._streams, self._accounts, self._health)
@@ -75,6 +81,8 @@ class HttpProcess:
         finally:
             self._worker.inbox.detach(loop)
             self._streams.shut()
+            if self._streams.tracer is not None:
+                self._streams.tracer.close()
         if self._crash is not None:
             raise self._crash
 
@@ -125,6 +133,17 @@ class HttpProcess:
         for upload in self._service.uploads:
             upload.abort_connection()
         self._server.should_exit = True
+
+
+def _tracer(spec: WorkerSpec) -> RequestTracer | None:
+    """With --otlp-endpoint, what makes spans of the requests."""
+    if spec.config.otlp_endpoint is None:
+        return None
+    try:
+        from minisgl.http.tracing import RequestTracer
+    except ImportError as error:
+        raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install 'minisgl[otel]'") from None
+    return RequestTracer(spec.config.otlp_endpoint, spec)
 
 
 class _Server(uvicorn.Server):

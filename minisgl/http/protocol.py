@@ -71,6 +71,7 @@ class Ingress:
         send: the server's own ASGI send, unwrapped: it finishes without waiting unless the client does not read.
         abort_connection: drop the connection and whatever is still buffered for it.
         headers: what every response to it must carry.
+        trace_headers: `traceparent` and `tracestate`, when spans are made of requests.
     """
 
     received_ns: int
@@ -78,6 +79,7 @@ class Ingress:
     send: Send
     abort_connection: Callable[[], None]
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    trace_headers: dict[str, str] = field(default_factory=dict)
 
 
 def ingress_of(scope: Scope) -> Ingress:
@@ -91,15 +93,19 @@ class Edge:
     Pure ASGI, and streams are sent past it, so it adds nothing to a chunk.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, traced: bool = False) -> None:
         self._app = app
         self._gate = gate
+        self._traced = traced
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
         request_id = _request_id(scope)
         headers = [(b"x-request-id", request_id.encode("ascii")), *self._gate.cors_headers(scope)]
-        scope[_SCOPE_KEY] = Ingress(state["received_ns"], request_id, send, state["abort_connection"], headers)
+        ingress = Ingress(state["received_ns"], request_id, send, state["abort_connection"], headers)
+        if self._traced:
+            ingress.trace_headers = _trace_headers(scope)
+        scope[_SCOPE_KEY] = ingress
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,6 +114,11 @@ class Edge:
 
         answer = self._gate.answer(scope)
         await (answer or self._app)(scope, receive, send_with_id)
+
+
+def _trace_headers(scope: Scope) -> dict[str, str]:
+    wanted = (b"traceparent", b"tracestate")
+    return {str(name, "ascii"): str(value, "latin-1") for name, value in scope["headers"] if name in wanted}
 
 
 def _request_id(scope: Scope) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -35,6 +36,9 @@ from minisgl.messages import (
 )
 from minisgl.timeline import STAMPS, now, total_us
 
+if TYPE_CHECKING:
+    from minisgl.http.tracing import RequestTracer
+
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 120
@@ -47,6 +51,7 @@ class Streams:
     Attributes:
         draining: why new requests are refused ("" while they are not).
         figures: what the requests took, for GET /metrics.
+        tracer: makes spans of the requests, with --otlp-endpoint.
         replayed: requests sent again after a death.
         late_rows: rows and errors for ids that nobody waits for any more.
     """
@@ -54,6 +59,7 @@ class Streams:
     def __init__(self, spec: WorkerSpec) -> None:
         self.draining = ""
         self.figures = Figures()
+        self.tracer: RequestTracer | None = None
         self.replayed = 0
         self.late_rows = 0
         self._spec = spec
@@ -107,6 +113,8 @@ class Streams:
         streams[0].call.end(outcome, detail)
         for stream in streams:
             self.figures.measure(stream, outcome)
+            if self.tracer is not None:
+                self.tracer.record(stream, outcome)
             stream.siblings = []
 
     def abort_named(self, name: str | None) -> None:

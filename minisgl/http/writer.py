@@ -26,6 +26,7 @@ class ResponseWriter:
     """One response: `start`, then `write` any number of times, then `end`; `flush` hands over what has collected.
 
     Attributes:
+        ingress: how the request came in.
         complete: the last byte was handed to the socket.
         dropped: why the connection was dropped from this side, or "".
         parked_since_ns: since when the client's socket has been full; 0 while it is not.
@@ -37,7 +38,7 @@ class ResponseWriter:
         self.dropped = ""
         self.parked_since_ns = 0
         self.chunks = 0
-        self._ingress = ingress
+        self.ingress = ingress
         self._narrate = narrate
         self._head: Message | None = None
         self._pending: list[str] = []
@@ -48,7 +49,7 @@ class ResponseWriter:
     def start(self, status: int, media_type: str, headers: dict[str, str]) -> None:
         fields = {"content-type": media_type, **headers}
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
-        self._head = {"type": "http.response.start", "status": status, "headers": encoded + self._ingress.headers}
+        self._head = {"type": "http.response.start", "status": status, "headers": encoded + self.ingress.headers}
 
     def write(self, text: str) -> None:
         """Add ASCII text to the body; it leaves at the next flush."""
@@ -84,7 +85,7 @@ class ResponseWriter:
             self.chunks += 1
             self._last_body_sent = self._ending
             if self._narrate:
-                logger.info("%s sends chunk %d: %r", self._ingress.request_id, self.chunks, body)
+                logger.info("%s sends chunk %d: %r", self.ingress.request_id, self.chunks, body)
             if self._send({"type": "http.response.body", "body": body, "more_body": not self._ending}):
                 self.complete = self._last_body_sent
 
@@ -93,10 +94,10 @@ class ResponseWriter:
         if not self.dropped:
             self.dropped = reason
             self._pending.clear()
-            self._ingress.abort_connection()
+            self.ingress.abort_connection()
 
     def _send(self, message: Message) -> bool:
-        return self._step(self._ingress.send(message).__await__())
+        return self._step(self.ingress.send(message).__await__())
 
     def _step(self, sending: Generator[Any, Any, Any]) -> bool:
         """Run the server's send until it finishes (True) or waits for the client's socket (False)."""
@@ -106,7 +107,7 @@ class ResponseWriter:
             self.parked_since_ns = 0
             return True
         except Exception:
-            logger.exception("%s cannot be written to", self._ingress.request_id)
+            logger.exception("%s cannot be written to", self.ingress.request_id)
             self.parked_since_ns = 0
             self.drop("server refused the write")
             return True

@@ -60,6 +60,14 @@ def scrape_when(rig: Rig, name: str, **labels: str) -> Scrape:
     return scrape
 
 
+def scrape_at(rig: Rig, in_flight: int) -> Scrape:
+    """A scrape with this many requests in flight: one ends a moment after its last byte."""
+    deadline = time.monotonic() + 5
+    while (scrape := Scrape(rig)).value("minisgl:requests_in_flight") != in_flight:
+        assert time.monotonic() < deadline, f"not {in_flight} requests in flight"
+    return scrape
+
+
 class Scrape:
     """What one GET /metrics says."""
 
@@ -144,8 +152,7 @@ def test_a_request_is_measured_when_it_ends(rig: Rig) -> None:
     assert running.value("minisgl:requests_in_flight") == 1
     rig.delta(request, "b", [3, 4, 5])
     rig.delta(request, "c", [6], FinishReason.LENGTH)
-    rig.stats(in_flight=0)
-    after = Scrape(rig)
+    after = scrape_at(rig, in_flight=0)
     assert grown(after, "sglang:generation_tokens_total") == 6
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "queue_time_seconds"):
         assert grown(after, f"sglang:{name}_count") == 1
@@ -172,8 +179,7 @@ def test_the_first_token_of_a_whole_answer_is_not_its_last(rig: Rig) -> None:
     time.sleep(0.3)
     rig.delta(request, "b", [1], FinishReason.LENGTH)
     assert connection.getresponse().status == 200
-    rig.stats(in_flight=0)
-    assert Scrape(rig).value("sglang:time_to_first_token_seconds_sum") - before < 0.3
+    assert scrape_at(rig, in_flight=0).value("sglang:time_to_first_token_seconds_sum") - before < 0.3
 
 
 def test_the_counters_balance_exactly_whatever_happens(rig: Rig) -> None:
@@ -181,8 +187,7 @@ def test_the_counters_balance_exactly_whatever_happens(rig: Rig) -> None:
     first = Scrape(rig)
 
     def expect(**changes: int) -> None:
-        rig.stats(in_flight=changes.pop("in_flight"))
-        scrape = Scrape(rig)
+        scrape = scrape_at(rig, changes.pop("in_flight"))
         outcomes = scrape.outcomes()
         grown = {name: count - first.outcomes()[name] for name, count in outcomes.items()}
         assert grown == {**dict.fromkeys(OUTCOMES, 0), **changes}
@@ -201,7 +206,6 @@ def test_the_counters_balance_exactly_whatever_happens(rig: Rig) -> None:
     connection.close()
     rig.from_http(AbortRequest)
     rig.delta(request, "", [], FinishReason.ABORT)
-    rig.stats(streams=2)
     expect(client_error=4, rejected=1, aborted=1, in_flight=2)
     connection, request = held.pop()
     rig.ring.send(RequestError(request.rid, 400, "context_length_exceeded", "too long"))
