@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchlib.anatomy import Anatomy, summarize_hops
 from benchlib.report import Report
@@ -104,6 +104,7 @@ def _panel(
     ticks = sorted({cell.level.rate or cell.level.concurrency for cell in cells})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("requests per second" if open_loop else "concurrent requests")
