@@ -151,6 +151,7 @@ HEALTH: dict[str, Any] = {
         503: {"description": "no; `problems` says why", "content": {"application/json": {"schema": _HEALTH_BODY}}},
     },
 }
+UNAUTHORIZED = _responses(_401="the API key is missing or wrong")
 METRICS: dict[str, Any] = {
     "summary": "Counters, gauges and histograms for Prometheus",
     "responses": {200: {"description": "text format 0.0.4", "content": {"text/plain": {"schema": _STRING}}}},

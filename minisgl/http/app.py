@@ -54,6 +54,7 @@ def create_app(service: Service) -> ASGIApp:
         description=api_docs.DESCRIPTION,
         redoc_url=None,
         redirect_slashes=False,
+        responses={} if service.spec.config.api_key is None else api_docs.UNAUTHORIZED,
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
 

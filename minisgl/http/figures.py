@@ -50,7 +50,7 @@ class Figures:
     """Counters and histograms of one http worker since it started.
 
     Attributes:
-        prompt_tokens, cached_tokens: of the prompts whose first token has arrived.
+        prompt_tokens, cached_tokens: of the prompts that have been computed.
         generation_tokens: that the detokenizer has sent here.
     """
 
@@ -68,8 +68,10 @@ class Figures:
         """Count a batch's tokens, and the prompts of the requests that it opens."""
         self.generation_tokens += len(batch.token_ids)
         for opening in batch.openings:
-            self.prompt_tokens += opening.prompt_tokens
-            self.cached_tokens += opening.cached_tokens
+            # One that was aborted while it waited has computed nothing.
+            if batch.token_counts[opening.row]:
+                self.prompt_tokens += opening.prompt_tokens
+                self.cached_tokens += opening.cached_tokens
 
     def measure(self, stream: Stream, outcome: str) -> None:
         """Add a request that is over. The gap between tokens is its mean, counted once for each of its gaps."""

@@ -48,8 +48,8 @@ class HttpProcess:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._accounts = Accounts()
-        self._streams = Streams(worker.spec)
-        self._streams.tracer = _tracer(worker.spec)
+        self._tracer = _tracer(worker.spec)
+        self._streams = Streams(worker.spec, self._tracer)
         self._health = HealthView()
         self._crash: Exception | None = None
         self._service = Service(worker.spec, self._streams, self._accounts, self._health)
@@ -81,8 +81,8 @@ class HttpProcess:
         finally:
             self._worker.inbox.detach(loop)
             self._streams.shut()
-            if self._streams.tracer is not None:
-                self._streams.tracer.close()
+            if self._tracer is not None:
+                self._tracer.close()
         if self._crash is not None:
             raise self._crash
 

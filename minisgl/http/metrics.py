@@ -144,7 +144,7 @@ _SCHEDULER = (
     (_C, "minisgl:tokens_sampled", "tokens sampled, those that nobody waited for included", _stat("tokens_generated")),
 )
 _HTTP = (
-    (_C, "sglang:prompt_tokens", "tokens of the prompts whose first token has arrived", "prompt_tokens"),
+    (_C, "sglang:prompt_tokens", "tokens of the prompts that have been computed", "prompt_tokens"),
     (_C, "sglang:cached_tokens", "those of them that came from the prefix cache", "cached_tokens"),
     (_G, "sglang:cache_hit_rate", "cached part of all prompt tokens, 0 to 1", "cache_hit_rate"),
     (_C, "sglang:generation_tokens", "tokens of answers that have arrived", "generation_tokens"),

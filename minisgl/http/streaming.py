@@ -51,15 +51,14 @@ class Streams:
     Attributes:
         draining: why new requests are refused ("" while they are not).
         figures: what the requests took, for GET /metrics.
-        tracer: makes spans of the requests, with --otlp-endpoint.
         replayed: requests sent again after a death.
         late_rows: rows and errors for ids that nobody waits for any more.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, tracer: RequestTracer | None = None) -> None:
         self.draining = ""
         self.figures = Figures()
-        self.tracer: RequestTracer | None = None
+        self._tracer = tracer
         self.replayed = 0
         self.late_rows = 0
         self._spec = spec
@@ -113,8 +112,8 @@ class Streams:
         streams[0].call.end(outcome, detail)
         for stream in streams:
             self.figures.measure(stream, outcome)
-            if self.tracer is not None:
-                self.tracer.record(stream, outcome)
+            if self._tracer is not None:
+                self._tracer.record(stream, outcome)
             stream.siblings = []
 
     def abort_named(self, name: str | None) -> None:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minisgl.http.accounting import OUTCOMES
 from minisgl.http.figures import Histogram
-from minisgl.messages import AbortRequest, FinishReason, Health, RequestError
+from minisgl.messages import AbortRequest, FinishReason, GenerateRequest, Health, RequestError
 from minisgl.timeline import HOPS
 
 SCHEDULER = {
@@ -69,10 +69,12 @@ def scrape_at(rig: Rig, in_flight: int) -> Scrape:
 
 
 class Scrape:
-    """What one GET /metrics says."""
+    """What one GET /metrics says, and how long it took."""
 
     def __init__(self, rig: Rig) -> None:
+        started = time.monotonic()
         status, raw = rig.get("/metrics")
+        self.seconds = time.monotonic() - started
         assert status == 200
         families = list(text_string_to_metric_families(raw.decode()))
         self.families: dict[str, Metric] = {family.name: family for family in families}
@@ -182,6 +184,29 @@ def test_the_first_token_of_a_whole_answer_is_not_its_last(rig: Rig) -> None:
     assert scrape_at(rig, in_flight=0).value("sglang:time_to_first_token_seconds_sum") - before < 0.3
 
 
+def test_a_response_with_two_answers_is_one_request_and_two_measurements(rig: Rig) -> None:
+    before = Scrape(rig)
+    connection = rig.post({"model": "demo", "prompt": "Hi", "n": 2}, "/v1/completions")
+    requests = [rig.from_http(GenerateRequest) for _ in range(2)]
+    for request in requests:
+        rig.answer(request, "a", "b")
+    assert connection.getresponse().status == 200
+    after = scrape_at(rig, in_flight=0)
+    expected = {"sglang:num_requests_total": 1, "sglang:time_to_first_token_seconds_count": 2}
+    for name, count in {**expected, "sglang:generation_tokens_total": 4}.items():
+        assert after.value(name) - before.value(name) == count, name
+
+
+def test_a_prompt_that_was_never_computed_is_not_counted(rig: Rig) -> None:
+    before = Scrape(rig)
+    _, request = rig.ask({"prompt": "Hi"})
+    rig.delta(request, "", [], FinishReason.ABORT, opens=True)
+    after = scrape_at(rig, in_flight=0)
+    assert after.outcomes()["aborted"] == before.outcomes()["aborted"] + 1
+    for name in ("sglang:prompt_tokens_total", "sglang:time_to_first_token_seconds_count"):
+        assert after.value(name) == before.value(name)
+
+
 def test_the_counters_balance_exactly_whatever_happens(rig: Rig) -> None:
     """Every way a request can end, with others in flight, and the balance looked at after each."""
     first = Scrape(rig)
@@ -232,9 +257,8 @@ def test_a_scrape_under_load_is_fast_and_consistent() -> None:
         for _ in range(10):
             for _, request in asked:
                 rig.delta(request, "b")
-            started = time.monotonic()
             scrape = Scrape(rig)
-            seconds.append(time.monotonic() - started)
+            seconds.append(scrape.seconds)
             in_flight = scrape.value("minisgl:requests_in_flight")
             assert scrape.value("minisgl:requests_received_total") == in_flight + sum(scrape.outcomes().values()) == 200
         # The goal is 50 ms; the median, as a busy test machine may hold any single one up.

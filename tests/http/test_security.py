@@ -45,6 +45,7 @@ def fetch(rig: Rig, method: str, path: str, body: bytes | None = None, **headers
 def routes(rig: Rig) -> list[tuple[str, str]]:
     """Every route of the server's own document, and those that it leaves out."""
     document = json.loads(fetch(rig, "GET", "/openapi.json", **AUTHORIZED).read())
+    assert "401" in document["paths"]["/generate"]["post"]["responses"]
     described = [(method.upper(), path) for path, item in document["paths"].items() for method in item]
     return [*described, *(("GET", path) for path in ("/", "/docs", "/openapi.json", "/nowhere"))]
 
