@@ -120,6 +120,7 @@ class ServerConfig:
     chunked_prefill_size: int | None = _flag(
         None, "prompt tokens computed per step at most (default: 8192 on CUDA, else 512)"
     )
+    disable_radix_cache: bool = _flag(False, "do not reuse the keys and values of prompt prefixes seen before")
     attention_backend: str = _flag(
         "auto",
         "attention implementation; auto is triton on CUDA for the models that decoder.py covers, else torch_sdpa",

@@ -100,7 +100,7 @@ def _pages_used(worker: JsonObject) -> Value:
     stats = worker.get("stats", {})
     if "kv_pages_total" not in stats:
         return None
-    used: int = stats["kv_pages_total"] - stats["kv_pages_free"] - stats.get("kv_pages_evictable", 0)
+    used: int = stats["kv_pages_total"] - stats["kv_pages_free"]
     return used
 
 

@@ -10,6 +10,7 @@ from minisgl import timeline
 from minisgl.config import ModelSpec, ServerConfig
 from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, RequestError, StreamOpen, TokenBatch, TokenizedRequest
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, StepPlan
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
 
@@ -45,7 +46,8 @@ class ReplicaCore:
     ) -> None:
         self.engine = engine
         self.limits = scheduler_limits(config, model, engine.device_name)
-        self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size))
+        cache = None if config.disable_radix_cache else PrefixCache(engine.page_size)
+        self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size), cache)
         self._replica = replica
         self._epoch = epoch
         self._narrate = config.narrate
@@ -136,12 +138,13 @@ class ReplicaCore:
         }
 
     def stats(self) -> JsonObject:
-        """Gauges and counters of now; walks the running requests."""
+        """Gauges and counters of now; walks the running requests. Pages that are merely cached count as free, too."""
         scheduler = self.scheduler
         return {
             "running": scheduler.running,
             "waiting": scheduler.waiting,
-            "kv_pages_free": scheduler.pages.free,
+            "kv_pages_free": scheduler.available_pages,
+            "kv_pages_evictable": scheduler.cache.evictable_pages if scheduler.cache else 0,
             "kv_pages_total": scheduler.pages.total,
             "kv_pages_leaked": scheduler.leaked_pages(),
             "preemptions": scheduler.preemptions,

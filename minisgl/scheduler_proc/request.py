@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from minisgl.messages import FinishReason
 from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.prefix_cache import Node
 
 
 @dataclass(eq=False, slots=True)
@@ -23,6 +24,8 @@ class Request:
         pending: tokens that steps in flight will add to token_ids.
         cached_tokens: how many prompt tokens were found in the prefix cache at the first admission.
         pages: KV page ids in position order; position p lives in pages[p // page_size].
+        shared: how many leading pages belong to the prefix cache; the others are the request's own.
+        cache_node: what this request has locked in the prefix cache; None when it holds no pages.
         finish: why it ended; NONE while it waits or runs.
     """
 
@@ -38,6 +41,8 @@ class Request:
     pending: int = 0
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    shared: int = 0
+    cache_node: Node | None = None
     finish: FinishReason = FinishReason.NONE
 
     @property

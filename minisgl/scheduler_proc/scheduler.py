@@ -18,6 +18,7 @@ from minisgl import timeline
 from minisgl.messages import FinishReason, RequestError, TokenizedRequest
 from minisgl.sampling_params import InvalidSamplingParams
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
 
 
@@ -55,12 +56,14 @@ class Scheduler:
 
     Attributes:
         pages: the KV page accounting.
+        cache: prefixes whose pages later requests can share; None when that is switched off.
         preemptions: how often a running request had to give its pages back.
     """
 
-    def __init__(self, limits: SchedulerLimits, pages: KvPages) -> None:
+    def __init__(self, limits: SchedulerLimits, pages: KvPages, cache: PrefixCache | None = None) -> None:
         self.limits = limits
         self.pages = pages
+        self.cache = cache
         self.preemptions = 0
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
@@ -81,13 +84,19 @@ class Scheduler:
         """Every request that has not ended."""
         return iter(self._requests)
 
+    @property
+    def available_pages(self) -> int:
+        """Pages that a new request could have: free ones, and cached ones that nobody uses."""
+        return self.pages.free + (self.cache.evictable_pages if self.cache else 0)
+
     def owned_pages(self) -> Iterator[int]:
-        """The pages that running requests own."""
-        return (page for request in self._running for page in request.pages)
+        """The pages that running requests own, without those that they share with the prefix cache."""
+        return (page for request in self._running for page in request.pages[request.shared :])
 
     def leaked_pages(self) -> int:
         """How many KV pages are unaccounted for; 0 unless there is a bug."""
-        return self.pages.leaked(cached=0, owned=sum(len(request.pages) for request in self._running))
+        cached = self.cache.cached_pages if self.cache else 0
+        return self.pages.leaked(cached, owned=sum(len(request.pages) - request.shared for request in self._running))
 
     # ---- requests come and go ----
 
@@ -171,6 +180,8 @@ class Scheduler:
                 if not request.pages:
                     self._waiting.remove(request)
                 self._end(request, finish)
+            elif output_len == 1 and request.pages:
+                self._share_prompt(request)
             sampled.rids.append(request.rid)
             sampled.token_ids.append(token)
             sampled.finishes.append(finish)
@@ -206,6 +217,8 @@ class Scheduler:
         while not self.pages.free:
             if self.pages.retiring:
                 return False
+            if self._evict(1):
+                continue
             victim = self._running.pop()
             self._release_pages(victim)
             victim.computed = 0
@@ -239,14 +252,26 @@ class Scheduler:
 
         The reserve keeps a newcomer from being preempted at once; with nobody running whatever was accepted fits.
         """
-        running, pages = self._running, self.pages
-        needed = pages.pages_for(len(request.token_ids))
-        reserve = max(len(running), pages.total // 100) if running else 0
-        # A preempted request has no token in flight here: pages are free again only after the steps that had it.
-        if len(running) >= self.limits.max_running or pages.free < needed + reserve:
+        running, pages, known = self._running, self.pages, len(request.token_ids)
+        # A preempted request can have a last token in flight, which belongs to its prompt now.
+        if len(running) >= self.limits.max_running or request.pending:
             return False
-        request.pages = pages.allocate(needed)
-        request.scheduled_ns = request.scheduled_ns or timeline.now()
+        cached: list[int] = []
+        if self.cache:
+            # The last token is computed in any case: its logits are wanted.
+            request.cache_node, cached = self.cache.match(request.token_ids[: known - 1])
+            self.cache.lock(request.cache_node)
+        needed = pages.pages_for(known) - len(cached)
+        reserve = max(len(running), pages.total // 100) if running else 0
+        if not self._make_room(needed + reserve):
+            self._unlock(request)
+            return False
+        request.pages = cached + pages.allocate(needed)
+        request.shared = len(cached)
+        request.computed = len(cached) * pages.page_size
+        if not request.scheduled_ns:
+            request.scheduled_ns = timeline.now()
+            request.cached_tokens = request.computed
         running.append(self._waiting.popleft())
         return True
 
@@ -255,10 +280,57 @@ class Scheduler:
         del self._requests[request.rid]
         self._release_pages(request)
 
+    # ---- pages ----
+
     def _release_pages(self, request: Request) -> None:
-        pages, request.pages = request.pages, []
-        if pages:
-            self.pages.release(pages, self._planned_step)
+        """Take all pages from a request: the full ones go to the prefix cache, the rest become free."""
+        own = request.pages[request.shared :]
+        if self.cache and request.pages:
+            # Steps in flight write what is counted as computed before any later step can read it.
+            computed = request.token_ids[: request.computed]
+            _, path = self.cache.insert(computed, request.pages)
+            own = [page for index, page in enumerate(own, request.shared) if page not in path[index : index + 1]]
+        self._unlock(request)
+        request.pages, request.shared = [], 0
+        if own:
+            self.pages.release(own, self._planned_step)
+
+    def _share_prompt(self, request: Request) -> None:
+        """Put the full pages of a prompt that is just computed into the prefix cache, for requests that come now."""
+        full = request.prompt_len // self.pages.page_size
+        if not self.cache or full <= request.shared:
+            return
+        node, path = self.cache.insert(request.token_ids[: request.prompt_len], request.pages)
+        self.cache.lock(node)
+        self._unlock(request)
+        # Where another request was first, its copy is used from now on.
+        duplicates = [page for page, kept in zip(request.pages, path, strict=False) if page != kept]
+        request.pages[:full], request.shared, request.cache_node = path, full, node
+        if duplicates:
+            self.pages.release(duplicates, self._planned_step)
+
+    def _unlock(self, request: Request) -> None:
+        if self.cache and request.cache_node is not None:
+            self.cache.unlock(request.cache_node)
+        request.cache_node = None
+
+    def _make_room(self, count: int) -> bool:
+        """Have `count` free pages, by forgetting cached prefixes if need be; False while there are too few."""
+        short = count - self.pages.free
+        if short > 0 and count <= self.available_pages:
+            self._evict(short)
+        return self.pages.free >= count
+
+    def _evict_ahead(self) -> None:
+        """Keep a free page for every running request, since evicted ones come free only after a step in flight."""
+        self._evict(len(self._running) - self.pages.free - self.pages.retiring)
+
+    def _evict(self, count: int) -> bool:
+        """Forget up to `count` cached pages that nobody uses; whether there were any."""
+        evicted = self.cache.evict(count) if self.cache and count > 0 else []
+        if evicted:
+            self.pages.release(evicted, self._planned_step)
+        return bool(evicted)
 
     # ---- what is refused ----
 

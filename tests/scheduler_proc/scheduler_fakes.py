@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minisgl.messages import FinishReason, TokenizedRequest
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import StepPlan
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
 
@@ -70,12 +71,13 @@ class FakeEngine:
         self.fail_at_step = fail_at_step
         self._memory = [[-1] * page_size for _ in range(num_pages)]
         self._last_sampled: dict[int, int] = {}
-        self._in_flight: deque[dict[int, tuple[int, int]]] = deque()
-        """Per launched step: which page it uses for which request and place."""
+        self._in_flight: deque[dict[int, set[int]]] = deque()
+        """Per launched step: which requests use a page."""
 
     def launch(self, plan: StepPlan) -> tuple[int, list[_LaunchedRow]]:
         launched = []
-        used: dict[int, tuple[int, int]] = {}
+        writers: dict[int, int] = {}
+        readers: dict[int, set[int]] = {}
         for index, row in enumerate(plan.rows):
             request = row.request
             assert row.length >= 1
@@ -88,11 +90,18 @@ class FakeEngine:
             )
             assert end < request.prompt_len + request.max_new_tokens, "computed past the request's limit"
             assert len(request.pages) * self.page_size >= end
-            for place, page in enumerate(request.pages):
-                assert page not in used, "a page is in two rows"
-                used[page] = (request.rid, place)
+            written = request.pages[row.start // self.page_size : -(-end // self.page_size)]
+            for page in request.pages:
+                assert writers.get(page, request.rid) == request.rid, "a row writes a page that another one reads"
+            for page in written:
+                assert page not in readers or readers[page] == {request.rid}, (
+                    "a row writes a page that another one reads"
+                )
                 for step in self._in_flight:
-                    assert step.get(page, used[page]) == used[page], "a step in flight uses this page for another row"
+                    assert step.get(page, {request.rid}) == {request.rid}, "a step in flight uses this page"
+                writers[page] = request.rid
+            for page in request.pages:
+                readers.setdefault(page, set()).add(request.rid)
             launched.append(
                 _LaunchedRow(
                     request.rid,
@@ -105,7 +114,7 @@ class FakeEngine:
                     request.stop_ids,
                 )
             )
-        self._in_flight.append(used)
+        self._in_flight.append(readers)
         return plan.step, launched
 
     def retire(self, step: tuple[int, list[_LaunchedRow]]) -> list[int]:
@@ -129,10 +138,16 @@ class FakeEngine:
 
 
 def make_scheduler(
-    num_pages: int = 64, page_size: int = 4, context_length: int = 64, max_running: int = 8, step_tokens: int = 16
+    num_pages: int = 64,
+    page_size: int = 4,
+    context_length: int = 64,
+    max_running: int = 8,
+    step_tokens: int = 16,
+    caches: bool = False,
 ) -> tuple[Scheduler, FakeEngine]:
     limits = SchedulerLimits(context_length, max_running, step_tokens, frozenset({EOS}), VOCAB_SIZE)
-    return Scheduler(limits, KvPages(num_pages, page_size)), FakeEngine(num_pages, page_size)
+    cache = PrefixCache(page_size) if caches else None
+    return Scheduler(limits, KvPages(num_pages, page_size), cache), FakeEngine(num_pages, page_size)
 
 
 def tokenized(rid: int, prompt: list[int], **sampling: object) -> TokenizedRequest:

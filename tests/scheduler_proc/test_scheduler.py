@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_fakes import EOS, FakeEngine, make_scheduler, tokenized, undisturbed
 
-from minisgl.messages import FinishReason
+from minisgl.messages import FinishReason, TokenizedRequest
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.request import StepPlan
 from minisgl.scheduler_proc.scheduler import SampledTokens, Scheduler
@@ -275,3 +275,65 @@ def test_no_step_is_planned_ahead_of_the_length_limit() -> None:
     assert first is not None
     assert scheduler.plan() is None
     assert scheduler.retire(first, [7]).finishes == [FinishReason.LENGTH]
+
+
+# ---- prefix cache ----
+
+
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    scheduler, engine = make_scheduler(page_size=4, caches=True)
+    first = run(scheduler, engine, tokenized(1, [7] * 10, max_new_tokens=6, ignore_eos=True))
+    # 16 tokens are known, the last of them was never computed: three full pages stay.
+    scheduler.submit(tokenized(2, [7] * 10 + first + [1, 2], max_new_tokens=1))
+    plan = scheduler.plan()
+    assert plan is not None
+    row = plan.rows[0]
+    assert (row.start, row.start + row.length) == (12, 18)
+    assert row.request.cached_tokens == 12
+    assert (
+        scheduler.retire(plan, engine.retire(engine.launch(plan))).token_ids
+        == undisturbed([7] * 10 + first + [1, 2], SamplingParams(max_new_tokens=1), 1)[0]
+    )
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    scheduler, engine = make_scheduler(page_size=4, caches=True)
+    for rid in (1, 2):
+        run(scheduler, engine, tokenized(rid, [3] * 8, max_new_tokens=1))
+    scheduler.submit(tokenized(3, [3] * 8, max_new_tokens=1))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert (plan.rows[0].start, plan.rows[0].length) == (4, 4)
+
+
+def test_requests_beside_each_other_share_a_prompt() -> None:
+    scheduler, engine = make_scheduler(num_pages=12, page_size=4, step_tokens=16, caches=True)
+    scheduler.submit(tokenized(1, [5] * 16 + [1], max_new_tokens=8, ignore_eos=True))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.retire(plan, engine.retire(engine.launch(plan)))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.retire(plan, engine.retire(engine.launch(plan)))
+    scheduler.submit(tokenized(2, [5] * 16 + [2], max_new_tokens=8, ignore_eos=True))
+    plan = scheduler.plan()
+    assert plan is not None
+    pages = [row.request.pages for row in plan.rows]
+    assert pages[0][:4] == pages[1][:4]
+    assert scheduler.leaked_pages() == 0
+
+
+def test_cached_prefixes_make_room_for_running_requests() -> None:
+    scheduler, engine = make_scheduler(num_pages=6, page_size=2, context_length=12, caches=True)
+    for rid in range(1, 9):
+        prompt = [rid] * 5
+        answer = run(scheduler, engine, tokenized(rid, prompt, max_new_tokens=7, ignore_eos=True))
+        assert answer == undisturbed(prompt, SamplingParams(max_new_tokens=7, ignore_eos=True), 7)[0]
+    assert scheduler.preemptions == 0
+    assert scheduler.available_pages == 6
+
+
+def run(scheduler: Scheduler, engine: FakeEngine, message: TokenizedRequest) -> list[int]:
+    """One request alone, to its end; its tokens."""
+    assert scheduler.submit(message) is None
+    return run_out(scheduler, engine)[message.rid][0]

@@ -37,9 +37,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 6),
         step_tokens=st.sampled_from([1, 3, 8, 30]),
         depth=st.integers(0, 2),
+        caches=st.booleans(),
     )
-    def start(self, num_pages: int, page_size: int, max_running: int, step_tokens: int, depth: int) -> None:
-        self.scheduler, self.engine = make_scheduler(num_pages, page_size, CONTEXT_LENGTH, max_running, step_tokens)
+    def start(
+        self, num_pages: int, page_size: int, max_running: int, step_tokens: int, depth: int, caches: bool
+    ) -> None:
+        self.scheduler, self.engine = make_scheduler(
+            num_pages, page_size, CONTEXT_LENGTH, max_running, step_tokens, caches
+        )
         self.capacity = min(num_pages * page_size, CONTEXT_LENGTH)
         self.depth = depth
         self.submitted: dict[int, TokenizedRequest] = {}
@@ -48,7 +53,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.output: dict[int, list[int]] = {}
         self.in_flight: deque[tuple[StepPlan, Any]] = deque()
 
-    @rule(prompt=st.lists(TOKEN_IDS, max_size=9), sampling=SAMPLING)
+    @rule(
+        prompt=st.one_of(
+            st.lists(TOKEN_IDS, max_size=9),
+            # Few beginnings, so that prompts share prefixes.
+            st.tuples(st.sampled_from([1, 2]), st.integers(1, 6), st.lists(TOKEN_IDS, max_size=3)).map(
+                lambda parts: [parts[0]] * parts[1] + parts[2]
+            ),
+        ),
+        sampling=SAMPLING,
+    )
     def submit(self, prompt: list[int], sampling: dict[str, Any]) -> None:
         rid = len(self.submitted) + 1
         message = tokenized(rid, prompt, **sampling)
@@ -118,7 +132,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_page_is_in_one_place(self) -> None:
-        self.scheduler.pages.check(cached=(), owned=self.scheduler.owned_pages())
+        cached = self.scheduler.cache.pages() if self.scheduler.cache else ()
+        self.scheduler.pages.check(cached, owned=self.scheduler.owned_pages())
         assert self.scheduler.leaked_pages() == 0
 
     @invariant()
@@ -138,7 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.run(1)
             self.every_page_is_in_one_place()
         assert not self.alive, "requests never ended"
-        assert self.scheduler.pages.free == self.scheduler.pages.total
+        assert self.scheduler.available_pages == self.scheduler.pages.total
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -27,6 +27,11 @@ def decode_splits(rows: int, kv_heads: int, longest: int) -> int:
     return min(64, 1 << max(0, wanted.bit_length() - 1)) if wanted > 1 else 1
 
 
+def _dim_block(head_dim: int) -> int:
+    """A head's width padded to what a tensor core takes."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
 @triton.jit
 def _decode(
     qkv,
@@ -162,7 +167,7 @@ def decode_attention(
     partial = torch.empty((*parts, head_dim) if splits > 1 else 1, dtype=torch.float32, device=qkv.device)
     partial_max = torch.empty(parts if splits > 1 else 1, dtype=torch.float32, device=qkv.device)
     partial_sum = torch.empty_like(partial_max)
-    dim_block = triton.next_power_of_2(head_dim)
+    dim_block = _dim_block(head_dim)
     _decode[(rows, kv_heads, splits)](
         qkv,
         pool,
@@ -315,7 +320,7 @@ def prefill_attention(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        DIM_BLOCK=triton.next_power_of_2(head_dim),
+        DIM_BLOCK=_dim_block(head_dim),
         PAGE_SIZE=page_size,
         BLOCK_M=PREFILL_BLOCK_M,
         BLOCK_N=PREFILL_BLOCK_N,
