@@ -113,6 +113,9 @@ class Renderer(Protocol):
     def end(self, streams: list[Stream]) -> str:
         """The end of the response, after all of its answers."""
 
+    def worded(self, error: ApiError) -> ApiError:
+        """A refusal as this API's clients know it."""
+
     def error(self, error: ApiError) -> str:
         """The end of a streamed response that cannot go on."""
 
@@ -176,7 +179,7 @@ class EventStream:
             stream.writer.write(self._renderer.error(error))
             stream.writer.end()
         else:
-            refuse(stream.writer, error)
+            refuse(stream.writer, self._renderer.worded(error))
 
     def _show(self, stream: Stream) -> None:
         stream.shown = True
@@ -224,7 +227,7 @@ class WholeAnswer:
         self._token_ids[stream.index].clear()
 
     def fail(self, stream: Stream, error: ApiError) -> None:
-        refuse(stream.writer, error)
+        refuse(stream.writer, self._renderer.worded(error))
 
 
 def refuse(writer: ResponseWriter, error: ApiError) -> None:

@@ -49,10 +49,13 @@ def model_card(spec: WorkerSpec, started: int, name: str | None = None) -> JsonO
 def server_info(spec: WorkerSpec, health: HealthView) -> JsonObject:
     """Every setting but the secret ones, the model's facts, and the state of each scheduler in `internal_states`."""
     schedulers = {name: entry for name, entry in health.workers().items() if name.startswith("scheduler-")}
+    kv_tokens = [entry.get("info", {}).get("kv_tokens") for entry in schedulers.values()]
     return {
         **spec.config.public(),
         **model_info(spec),
         "version": minisgl.__version__,
         "dp_size": spec.replicas,
+        "max_total_num_tokens": kv_tokens[0] if kv_tokens else None,
+        "max_req_input_len": spec.model.context_length - 1,
         "internal_states": [{"worker": name, **entry} for name, entry in schedulers.items()],
     }

@@ -170,6 +170,9 @@ class JsonLines:
     def end(self, streams: list[Stream]) -> str:
         return ""
 
+    def worded(self, error: ApiError) -> ApiError:
+        return error
+
     def error(self, error: ApiError) -> str:
         return self._frame(to_json({"event": "error", "code": error.code, "message": error.message})) + self.end([])
 

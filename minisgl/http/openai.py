@@ -51,6 +51,8 @@ def read_completion(body: JsonObject, caller: Caller) -> Generation:
     given = without_unsupported(body, COMPLETION_FIELDS, COMPLETION_HARMLESS)
     values = read_fields(given, COMPLETION_FIELDS)
     prompts = _prompts(values["prompt"], caller.model)
+    if values["best_of"] not in (None, 1, values["n"]):
+        raise ApiError(400, "unsupported_field", "best_of above n is not supported yet by this server", param="best_of")
     given["max_tokens"] = values["max_tokens"]
     sampling = _sampling(given, caller.model, {})
     reply, name = _reply("cmpl-", values, caller)
@@ -90,6 +92,7 @@ def _reply(prefix: str, values: JsonObject, caller: Caller) -> tuple[Reply, str]
         choices=choices,
         include_usage=options.get("include_usage", False),
         eos_token_ids=caller.model.eos_token_ids,
+        context_length=caller.model.context_length,
     )
     return reply, name
 

@@ -77,6 +77,7 @@ COMPLETION_FIELDS = _nullable(
         ),
         **_COMMON,
         "max_tokens": replace(SAMPLING_FIELDS["max_new_tokens"], default=16),
+        "best_of": field(INTEGER, default=None, description="only the number of answers itself, n, or 1"),
         "echo": field(BOOLEAN, default=False, description="begin each answer with its prompt, which must be text"),
     }
 )
@@ -87,7 +88,6 @@ _HARMLESS: dict[str, Sequence[Any]] = {
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "best_of": (1,),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -135,6 +135,7 @@ _HARMLESS: dict[str, Sequence[Any]] = {
 }
 CHAT_HARMLESS: dict[str, Sequence[Any]] = {
     **_HARMLESS,
+    "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "tools": ([],),

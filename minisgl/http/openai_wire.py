@@ -31,6 +31,7 @@ class Reply:
     choices: int
     include_usage: bool
     eos_token_ids: tuple[int, ...]
+    context_length: int
 
 
 class _Wire:
@@ -79,6 +80,14 @@ class _Wire:
         if not self._reply.include_usage:
             return _LAST_FRAME
         return f'{self._chunk_head},"choices":[],{to_json(self._costs(streams))[1:]}\n\n{_LAST_FRAME}'
+
+    def worded(self, error: ApiError) -> ApiError:
+        """Clients know a prompt that is too long by OpenAI's code, some by the first words of its message."""
+        if error.code != "prompt_too_long":
+            return error
+        limit = f"This model's maximum context length is {self._reply.context_length} tokens: "
+        message = limit + error.message.replace("max_new_tokens", "max_tokens")
+        return ApiError(error.status, "context_length_exceeded", message)
 
     def error(self, error: ApiError) -> str:
         return f"data: {to_json(error.body())}\n\n{_LAST_FRAME}"

@@ -155,6 +155,8 @@ def read(body: JsonObject, caller: Caller) -> Generation:
 
 def _prompts(text: Any, input_ids: Any, model: ModelSpec) -> tuple[list[Prompt], bool]:
     """The prompts, and whether they came as a list (which is then answered by a list)."""
+    if text is None and input_ids is None:
+        raise ApiError(400, "prompt_or_text", "send either 'text' or 'input_ids'; this request has neither")
     if text is not None and input_ids is not None:
         raise ApiError(400, "prompt_or_text", "send either 'text' or 'input_ids', not both")
     given = input_ids if text is None else text
@@ -172,7 +174,8 @@ def _prompts(text: Any, input_ids: Any, model: ModelSpec) -> tuple[list[Prompt],
 def _names(rid: str | list[str], count: int, is_list: bool) -> list[str]:
     names = rid if isinstance(rid, list) else [f"{rid}_{index}" for index in range(count)] if is_list else [rid]
     if len(names) != count or not all(names):
-        raise ApiError(400, "invalid_value", f"rid must be a text, or {count} of them, none empty", param="rid")
+        wanted = f"rid must be a string, or a list with one for each of the {count} texts; none may be empty"
+        raise ApiError(400, "invalid_value", wanted, param="rid")
     return names
 
 
@@ -188,8 +191,7 @@ def _sampling(given: JsonObject, model: ModelSpec) -> tuple[SamplingParams, int,
     is_prefill = values["max_new_tokens"] == 0
     if is_prefill:
         # The first token comes with the prefill anyway; it is generated and not shown.
-        values["max_new_tokens"] = 1
-        values["min_new_tokens"] = 0
+        values |= {"max_new_tokens": 1, "min_new_tokens": 0, "ignore_eos": True, "stop": None, "stop_token_ids": None}
     return check_sampling(values, model, {"seed": "sampling_seed"}), count, is_prefill
 
 

@@ -44,6 +44,9 @@ class SglangWire:
     def end(self, streams: list[Stream]) -> str:
         return "data: [DONE]\n\n"
 
+    def worded(self, error: ApiError) -> ApiError:
+        return error
+
     def error(self, error: ApiError) -> str:
         return f"data: {to_json(error.body())}\n\ndata: [DONE]\n\n"
 
