@@ -45,7 +45,7 @@ WAIT_SECONDS = 10.0
 class Rig:
     """One http worker; the test is its supervisor, tokenizers, schedulers and detokenizers."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, sampling_defaults: dict[str, Any] | None = None, **config: Any) -> None:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
         self.config = ServerConfig(**{"port": 0, **config})
         control = ipc_address(self.run_dir.name, "supervisor", 1)
@@ -64,7 +64,16 @@ class Rig:
             control_address=control,
             replicas=2,
             config=self.config,
-            model=ModelSpec("models/demo", "demo", "demo", 2048, VOCAB_SIZE, (2, 3), "Qwen2ForCausalLM"),
+            model=ModelSpec(
+                "models/demo",
+                "demo",
+                "demo",
+                2048,
+                VOCAB_SIZE,
+                (2, 3),
+                "Qwen2ForCausalLM",
+                sampling_defaults=sampling_defaults or {},
+            ),
         )
         spawn = multiprocessing.get_context("spawn")
         life_line, self._life = spawn.Pipe(duplex=False)
