@@ -159,14 +159,15 @@ class CompletionWire(_Wire):
 
 
 def _metrics(stream: Stream) -> JsonObject:
-    """Times in milliseconds under vLLM's names, which its benchmark shows."""
+    """Times in milliseconds under vLLM's names, which its benchmark shows; null for what never happened."""
     timing = stream.timing()
     hops: dict[str, float] = timing["hops_us"]
     generation = (stream.last_ns - stream.first_ns) / 1e6
     gaps = stream.completion_tokens - stream.first_tokens
     values: dict[str, Any] = {
         "time_to_first_token_ms": total_us(stream.stamps[:-1]) / 1e3,
-        "queue_time_ms": hops["queue"] / 1e3,
+        # A request that was aborted in the queue has not been through it.
+        "queue_time_ms": hops["queue"] / 1e3 if "queue" in hops else None,
         "generation_time_ms": generation,
         "mean_itl_ms": generation / gaps if gaps else None,
         "tokens_per_second": timing["tokens_per_second"],

@@ -135,9 +135,9 @@ def read(body: JsonObject, caller: Caller) -> Generation:
     values = read_fields(without_unsupported(body, FIELDS, HARMLESS), FIELDS)
     prompts, is_list = _prompts(values["text"], values["input_ids"], caller.model)
     names = _names(values["rid"] or caller.request_id, len(prompts), is_list)
-    params = values["sampling_params"] or {}
-    if isinstance(params, dict):
-        params = [params] * len(prompts)
+    params = values["sampling_params"]
+    if not isinstance(params, list):
+        params = [params or {}] * len(prompts)
     if len(params) != len(prompts):
         each = f"send one object in sampling_params, or one for each of the {len(prompts)} texts; got {len(params)}"
         raise ApiError(400, "invalid_value", each, param="sampling_params")
