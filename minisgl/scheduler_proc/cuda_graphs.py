@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 PREFILL_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
 PREFILL_ROWS = (1, 8, 64)
-STAGING_BUFFERS = 3
-"""Steps whose inputs may be on their way to the device at once."""
+STAGING_BUFFERS = 8
+"""Parts of steps whose inputs may be on their way to the device at once; one more waits for the oldest to arrive."""
 
 
 class InputBlock:
@@ -49,6 +49,7 @@ class InputBlock:
         pinned = device.type == "cuda"
         self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGING_BUFFERS)]
         self._arrays = [host.numpy() for host in self._host]
+        self._arrived: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
         self._turn = 0
 
     def view(self, name: str, size: int) -> torch.Tensor:
@@ -59,12 +60,18 @@ class InputBlock:
     def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
         """Send new values; an array's elements beyond those given keep arbitrary old ones."""
         self._turn = (self._turn + 1) % STAGING_BUFFERS
+        arrived = self._arrived[self._turn]
+        if arrived is not None:
+            # The copy from this buffer may still be queued behind earlier parts of the step.
+            arrived.synchronize()
         array = self._arrays[self._turn]
         for name, column in values.items():
             offset = self._offsets[name]
             array[offset : offset + len(column)] = column
         used = self._offsets[self._last] + len(values[self._last])
         self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
+        if self._device.is_cuda:
+            self._arrived[self._turn] = torch.cuda.current_stream().record_event()
 
 
 @dataclass(frozen=True, slots=True)

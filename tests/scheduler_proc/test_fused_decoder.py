@@ -96,6 +96,42 @@ def test_logits_equal_the_plain_decoder(family: str, captured: bool, tmp_path: P
             assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.gpu
+def test_a_step_of_many_parts_keeps_their_inputs_apart(tmp_path: Path) -> None:
+    """More prompts than one graph takes, and than there are staging buffers: none may overwrite another's inputs."""
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES["qwen2"]}))
+    prompts, length = 24, 100
+    with torch.inference_mode():
+        model = load_model(
+            tmp_path,
+            dtype=torch.float32,
+            device=DEVICE,
+            context_length=CONTEXT,
+            dummy_seed=1,
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+        )
+        assert isinstance(model, Decoder)
+        pool = KVPool(model.kv_shapes, prompts * 30 + 1, PAGE_SIZE, torch.float32, DEVICE)
+        runner = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 64, CONTEXT)
+        runner.capture_all(lambda done, total: None)
+        generator = torch.Generator().manual_seed(6)
+        requests = [new_request(index, length, generator) for index in range(prompts)]
+        for index, request in enumerate(requests):
+            request.pages = list(range(index * 30, index * 30 + 30))
+        rows = [StepRow(request, 0, length, True) for request in requests]
+
+        def tokens_of(plans: list[StepPlan]) -> list[int]:
+            found: list[torch.Tensor] = []
+            for plan in plans:
+                runner.run(plan, lambda rows, step: found.append(step.tokens.clone()))
+            return torch.cat(found).tolist()
+
+        alone = tokens_of([StepPlan(1, [row], 0) for row in rows])
+        for _ in range(5):
+            assert tokens_of([StepPlan(1, rows, 0)]) == alone
+
+
 def new_request(index: int, length: int, generator: torch.Generator) -> Request:
     token_ids = torch.randint(0, SHAPE["vocab_size"], (length + 4,), generator=generator).tolist()
     pages = list(range(index * 20, index * 20 + 20))
