@@ -55,7 +55,8 @@ class ServerMetrics:
         workers: Workers = self._health.workers()
         schedulers = {name: worker for name, worker in workers.items() if _kind(name) == "scheduler"}
         https = self._http_stats(workers)
-        yield GaugeMetricFamily("minisgl:healthy", "1 when GET /health says ok", float(not self._health.problems()))
+        healthy = not self._health.problems() and not self._streams.draining
+        yield GaugeMetricFamily("minisgl:healthy", "1 when GET /health says ok", float(healthy))
         yield from _worker_metrics(workers)
         for family, name, text, read in _SCHEDULER:
             yield _family(family, name, text, model, ((worker, read(entry)) for worker, entry in schedulers.items()))
@@ -104,6 +105,15 @@ def _pages_used(worker: JsonObject) -> Value:
     return used
 
 
+def _pages_unused(worker: JsonObject) -> Value:
+    """KV pages that hold nothing, not even a cached prefix."""
+    stats = worker.get("stats", {})
+    if "kv_pages_free" not in stats:
+        return None
+    unused: int = stats["kv_pages_free"] - stats["kv_pages_evictable"]
+    return unused
+
+
 def _usage(worker: JsonObject) -> Value:
     used = _pages_used(worker)
     return None if used is None else used / max(1, worker["stats"]["kv_pages_total"])
@@ -127,12 +137,12 @@ _SCHEDULER = (
     (_G, "sglang:max_total_num_tokens", "tokens that the KV cache holds", _tokens(_stat("kv_pages_total"))),
     (_G, "sglang:num_used_tokens", "KV cache held by running requests, in tokens", _tokens(_pages_used)),
     (_G, "sglang:token_usage", "part of the KV cache held by running requests, 0 to 1", _usage),
-    (_G, "sglang:kv_available_tokens", "unused KV cache, in tokens", _tokens(_stat("kv_pages_free"))),
+    (_G, "sglang:kv_available_tokens", "unused KV cache, in tokens", _tokens(_pages_unused)),
     (_G, "sglang:kv_evictable_tokens", "prefix cache not in use, in tokens", _tokens(_stat("kv_pages_evictable"))),
     (_C, "sglang:num_retracted_requests", _PREEMPTED, _stat("preemptions")),
     (_C, "minisgl:preemptions", _PREEMPTED, _stat("preemptions")),
     (_G, "minisgl:kv_pages_capacity", "KV pages there are", _stat("kv_pages_total")),
-    (_G, "minisgl:kv_pages_free", "KV pages that nobody uses", _stat("kv_pages_free")),
+    (_G, "minisgl:kv_pages_free", "KV pages that no running request holds", _stat("kv_pages_free")),
     (
         _G,
         "minisgl:kv_pages_leaked",

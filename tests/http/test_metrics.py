@@ -30,6 +30,7 @@ SCHEDULER = {
         "running": 5,
         "waiting": 2,
         "kv_pages_free": 30,
+        "kv_pages_evictable": 10,
         "kv_pages_total": 40,
         "kv_pages_leaked": 0,
         "preemptions": 7,
@@ -97,13 +98,14 @@ class Scrape:
 
 def test_schedulers_and_processes_are_reported_under_the_names_that_boards_use(rig: Rig) -> None:
     rig.ring.send(Health([], {"scheduler-0": SCHEDULER, **OTHER_WORKERS}))
-    scrape = scrape_when(rig, "minisgl:worker_up", worker="scheduler-0")
+    scrape = scrape_when(rig, "minisgl:worker_up", worker="scheduler-0", epoch="4")
     expected = {
         "sglang:num_running_reqs": 5,
         "sglang:num_queue_reqs": 2,
         "sglang:max_total_num_tokens": 640,
         "sglang:num_used_tokens": 160,
-        "sglang:kv_available_tokens": 480,
+        "sglang:kv_available_tokens": 320,
+        "sglang:kv_evictable_tokens": 160,
         "sglang:token_usage": 0.25,
         "sglang:num_retracted_requests_total": 7,
         "minisgl:preemptions_total": 7,
@@ -307,9 +309,8 @@ def queries() -> list[str]:
 
 
 def test_every_metric_of_the_board_exists(rig: Rig) -> None:
-    evictable = {**SCHEDULER, "stats": {**SCHEDULER["stats"], "kv_pages_evictable": 1}}  # type: ignore[dict-item]
-    rig.ring.send(Health([], {"scheduler-0": evictable}))
-    scrape = scrape_when(rig, "minisgl:worker_up", worker="scheduler-0")
+    rig.ring.send(Health([], {"scheduler-0": SCHEDULER}))
+    scrape = scrape_when(rig, "minisgl:worker_up", worker="scheduler-0", epoch="4")
     exported = {sample.name for family in scrape.families.values() for sample in family.samples}
     asked = {name for query in queries() for name in re.findall(r"\b(?:sglang|minisgl):\w+", query)}
     assert len(asked) > 20
