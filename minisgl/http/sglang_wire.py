@@ -12,6 +12,10 @@ from minisgl.messages import FinishReason, JsonObject
 from minisgl.timeline import now
 
 
+_CHANGING = ("completion_tokens", "dp_rank")
+"""What `meta_info` says anew in each event before the last; a request may be dispatched after its first text."""
+
+
 class SglangWire:
     """One response; all of its texts and ids are kept as JSON, so that an event costs no rendering of old text.
 
@@ -25,6 +29,7 @@ class SglangWire:
     def __init__(self, answers: int, is_list: bool, prefill_only: Collection[int] = ()) -> None:
         self._texts = [""] * answers
         self._token_ids = [""] * answers
+        self._meta_heads = [""] * answers
         self._is_list = is_list
         self._prefill_only = prefill_only
 
@@ -36,10 +41,15 @@ class SglangWire:
         if token_ids:
             ids = ",".join(map(str, token_ids))
             self._token_ids[index] = f"{self._token_ids[index]},{ids}" if self._token_ids[index] else ids
-        return self._frame(stream, self._meta(stream))
+        if not self._meta_heads[index]:
+            known = {name: value for name, value in self._meta(stream).items() if name not in _CHANGING}
+            self._meta_heads[index] = to_json(known)[:-1]
+        rank = stream.replica[0] if stream.replica else "null"
+        changing = f',"completion_tokens":{stream.completion_tokens},"dp_rank":{rank}}}'
+        return self._frame(index, self._meta_heads[index] + changing)
 
     def done(self, stream: Stream) -> str:
-        return self._frame(stream, {**self._meta(stream), **_last_meta(stream)})
+        return self._frame(stream.index, to_json({**self._meta(stream), **_last_meta(stream)}))
 
     def end(self, streams: list[Stream]) -> str:
         return "data: [DONE]\n\n"
@@ -59,11 +69,10 @@ class SglangWire:
             answers.append({"text": text, "output_ids": ids, "meta_info": meta})
         return to_json(answers if self._is_list else answers[0])
 
-    def _frame(self, stream: Stream, meta: JsonObject) -> str:
-        index = stream.index
+    def _frame(self, index: int, meta: str) -> str:
         place = f',"index":{index}' if self._is_list else ""
         text, ids = self._texts[index], self._token_ids[index]
-        return f'data: {{"text":"{text}","output_ids":[{ids}],"meta_info":{to_json(meta)}{place}}}\n\n'
+        return f'data: {{"text":"{text}","output_ids":[{ids}],"meta_info":{meta}{place}}}\n\n'
 
     def _meta(self, stream: Stream) -> JsonObject:
         tokens = 0 if stream.index in self._prefill_only else stream.completion_tokens
