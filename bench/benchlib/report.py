@@ -95,7 +95,7 @@ class Report:
         lines += [f"- not measured: {TITLES[system]}: {reason}" for system, reason in self.missing.items()]
         reference = "hf" if "hf" in self.probes else next(iter(self.probes), "")
         for system in self.probes:
-            if system != reference:
+            if system != reference and self.probes[system] and self.probes[reference]:
                 shared = agreement(self.probes[system], self.probes[reference])
                 pair = f"{TITLES[system]} and {TITLES[reference]}"
                 lines.append(f"- the greedy answers of {pair} to one prompt share their first {shared} tokens")

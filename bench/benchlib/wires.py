@@ -151,9 +151,11 @@ class SglangWire:
             return answer
         meta = final.get("meta_info") or {}
         answer.text = final.get("text") or ""
-        answer.token_ids = list(final.get("output_ids") or [])
         answer.prompt_tokens = meta.get("prompt_tokens", -1)
         answer.completion_tokens = meta.get("completion_tokens", -1)
+        ids = list(final.get("output_ids") or [])
+        # A server started with incremental streaming names only the last ids here.
+        answer.token_ids = ids if len(ids) == answer.completion_tokens else []
         answer.timing = meta
         finish = meta.get("finish_reason") or {}
         if done:
