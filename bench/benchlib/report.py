@@ -280,6 +280,7 @@ _DEFINITIONS = [
     "- between tokens: gaps between arrivals at the client; an arrival that brings n tokens counts as n equal gaps.",
     "- tokens/s: output tokens of all requests over the time from the first request's start to the last one's end; in "
     "parentheses each run's own.",
+    "- Hugging Face's baseline answers one request at a time: under load its TTFT is mostly the wait for its turn.",
     "- tokens are counted by the ids or counts that each server reports, and checked against its final usage.",
     "- decode step: batch is the mean number of requests decoding at a time (Little's law); GB/s is the bytes of "
     "weights and of that batch's keys and values over the median time per token, beside its share of the measured copy "

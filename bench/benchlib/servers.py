@@ -82,10 +82,11 @@ def missing_reason(system: str, setup: Setup) -> str:
     """Why a system cannot be measured here, and what to do about it; empty when it can."""
     if system != "sglang" or system in setup.urls:
         return ""
+    get_it = (
+        "`pip install '.[sglang]'` in its own environment, or measure a running one with server_bench.py --sglang-url"
+    )
     if setup.device != "cuda":
-        return (
-            "sglang needs a CUDA device; on one, `pip install '.[sglang]'` in its own environment, or give --sglang-url"
-        )
+        return f"sglang needs a CUDA device; where there is one: {get_it}"
     probe = subprocess.run(
         [setup.python, "-c", "import importlib.util as u; raise SystemExit(u.find_spec('sglang') is None)"],
         env=environment(system, setup),
@@ -93,7 +94,7 @@ def missing_reason(system: str, setup: Setup) -> str:
     )
     if probe.returncode == 0:
         return ""
-    return "sglang is not installed; `pip install '.[sglang]'` in its own environment, or give --sglang-url"
+    return f"sglang is not installed: {get_it}"
 
 
 def command(system: str, setup: Setup, port: int) -> list[str]:
