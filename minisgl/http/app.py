@@ -106,7 +106,7 @@ def create_app(service: Service) -> ASGIApp:
         return PlainTextResponse(f"minisgl serves {service.spec.model.name}. Try POST /generate, or open /docs.\n")
 
     add = app.add_api_route
-    add("/generate", generate, methods=["POST"], response_model=None, **api_docs.GENERATE)
+    add("/generate", generate, methods=["POST"], response_model=None, **compat_docs.GENERATE)
     add("/health", health, methods=["GET"], response_model=None, **api_docs.HEALTH)
     add("/metrics", metrics, methods=["GET"], response_model=None, **api_docs.METRICS)
     add("/get_model_info", model_info, methods=["GET"], response_model=None, **api_docs.MODEL_INFO)

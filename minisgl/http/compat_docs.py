@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minisgl.http.api_docs import GENERATE
+from minisgl.http import api_docs, sglang
 from minisgl.http.openai_fields import CHAT_FIELDS, CHAT_HARMLESS, COMPLETION_FIELDS, COMPLETION_HARMLESS
 from minisgl.http.schemas import Field, object_schema
 from minisgl.messages import JsonObject
 
 _ANY_OBJECT: JsonObject = {"type": "object"}
 _ANY_STRING: JsonObject = {"type": "string"}
-_FAILURES = {status: response for status, response in GENERATE["responses"].items() if status != 200}
+_FAILURES = {status: response for status, response in api_docs.GENERATE["responses"].items() if status != 200}
 
 
 def _response(schema: JsonObject, description: str, media_type: str = "application/json") -> JsonObject:
@@ -24,13 +24,32 @@ def _body(schema: JsonObject, example: JsonObject) -> JsonObject:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _openai_body(
-    fields: Mapping[str, Field], harmless: Mapping[str, Sequence[Any]], required: str, example: JsonObject
-) -> JsonObject:
-    schema = object_schema(fields, required=[required])
+def _schema(fields: Mapping[str, Field], harmless: Mapping[str, Sequence[Any]], **keywords: Any) -> JsonObject:
+    """The schema of a body with these fields; of those that cannot be served, the values that ask for nothing."""
+    schema = object_schema(fields, **keywords)
     for name, values in harmless.items():
         schema["properties"][name] = {"enum": [None, *values], "description": "not supported: only these values"}
-    return _body(schema, example)
+    return schema
+
+
+def _generate() -> dict[str, Any]:
+    """POST /generate takes this server's own bodies and sglang's."""
+    own = api_docs.GENERATE
+    content = own["openapi_extra"]["requestBody"]["content"]["application/json"]
+    params = _schema(sglang.SAMPLING, sglang.SAMPLING_HARMLESS)
+    fields = _schema(sglang.FIELDS, sglang.HARMLESS, description="sglang's API: exactly one of `text` and `input_ids`")
+    fields["properties"]["sampling_params"]["anyOf"] = [params, {"type": "array", "items": params}, {"type": "null"}]
+    answers = own["responses"][200]
+    whole = answers["content"]["application/json"]["schema"]
+    either = {**answers["content"], "application/json": {"schema": {"anyOf": [whole, _ANY_OBJECT, {"type": "array"}]}}}
+    return {
+        **own,
+        "openapi_extra": _body({"anyOf": [content["schema"], fields]}, content["example"]),
+        "responses": {**own["responses"], 200: {**answers, "content": either}},
+    }
+
+
+GENERATE = _generate()
 
 
 def _generation(summary: str, body: JsonObject) -> dict[str, Any]:
@@ -48,13 +67,17 @@ def _generation(summary: str, body: JsonObject) -> dict[str, Any]:
 
 CHAT = _generation(
     "Answer a chat (OpenAI's API)",
-    _openai_body(
-        CHAT_FIELDS, CHAT_HARMLESS, "messages", {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    _body(
+        _schema(CHAT_FIELDS, CHAT_HARMLESS, required=["messages"]),
+        {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32},
     ),
 )
 COMPLETIONS = _generation(
     "Continue a text (OpenAI's API)",
-    _openai_body(COMPLETION_FIELDS, COMPLETION_HARMLESS, "prompt", {"prompt": "Once upon a time", "max_tokens": 32}),
+    _body(
+        _schema(COMPLETION_FIELDS, COMPLETION_HARMLESS, required=["prompt"]),
+        {"prompt": "Once upon a time", "max_tokens": 32},
+    ),
 )
 MODELS: dict[str, Any] = {
     "summary": "The served model (OpenAI's API)",

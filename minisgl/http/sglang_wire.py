@@ -11,7 +11,6 @@ from minisgl.http.errors import ApiError, to_json
 from minisgl.messages import FinishReason, JsonObject
 from minisgl.timeline import now
 
-
 _CHANGING = ("completion_tokens", "dp_rank")
 """What `meta_info` says anew in each event before the last; a request may be dispatched after its first text."""
 

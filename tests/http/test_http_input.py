@@ -314,7 +314,7 @@ def test_openapi_describes_what_is_checked(rig: Rig) -> None:
     assert status == 200
     assert set(document["paths"]) >= {"/generate", "/health", "/metrics", "/get_model_info", "/model_info"}
     operation = document["paths"]["/generate"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"][0]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(native.FIELDS)
     assert {"200", "400", "413", "415", "500", "503"} <= set(operation["responses"])

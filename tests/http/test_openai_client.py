@@ -83,9 +83,9 @@ def test_a_full_server_raises_an_error_that_is_retried() -> None:
         held = rig.post({"prompt": "x"})
         rig.stats(streams=1)
         base_url = f"http://127.0.0.1:{rig.port}/v1"
-        with openai.OpenAI(base_url=base_url, api_key="x", max_retries=0) as client:
-            with pytest.raises(openai.InternalServerError) as caught:
-                client.chat.completions.create(model="demo", messages=HELLO)
+        client = openai.OpenAI(base_url=base_url, api_key="x", max_retries=0)
+        with client, pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="demo", messages=HELLO)
         assert (caught.value.status_code, caught.value.code) == (503, "queue_full")
         assert int(caught.value.response.headers["retry-after"]) >= 1
         held.close()

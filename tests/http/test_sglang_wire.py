@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_what_arrives_together_is_one_event(rig: Rig) -> None:
     events = frames(connection.getresponse())
     texts = [event["text"] for event in events]
     assert texts[-1] == "".join(pieces)
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert len(events) < 1500
     assert events[-1]["meta_info"]["completion_tokens"] == 3000
 
