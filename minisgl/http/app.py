@@ -79,7 +79,10 @@ def create_app(service: Service) -> ASGIApp:
         return json_response(200, info.server_info(service.spec, service.health))
 
     async def flush_cache() -> Response:
-        return PlainTextResponse("Cache flushed.\n")
+        if service.spec.config.disable_radix_cache:
+            return PlainTextResponse("Nothing to flush: the server keeps no prefix cache.\n")
+        unable = "The prefix cache cannot be flushed yet; --disable-radix-cache starts the server without one.\n"
+        return PlainTextResponse(unable, 400)
 
     async def abort_request(request: Request) -> Response:
         raw = await _read_body(service, request, ingress_of(request.scope))

@@ -93,7 +93,10 @@ SERVER_INFO: dict[str, Any] = {
 }
 FLUSH_CACHE: dict[str, Any] = {
     "summary": "Forget cached prompts",
-    "responses": {200: _response(_ANY_STRING, "done", "text/plain")},
+    "responses": {
+        200: _response(_ANY_STRING, "there is none any more", "text/plain"),
+        400: _response(_ANY_STRING, "they cannot be forgotten; the text says why", "text/plain"),
+    },
 }
 ABORT: dict[str, Any] = {
     "summary": "End running requests",
