@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 import minisgl
 from minisgl.config import WorkerSpec
-from minisgl.http import api_docs, compat_docs, info, native, openai, sglang
+from minisgl.http import api_docs, compat_docs, info, native, openai, page, sglang
 from minisgl.http.accounting import Accounts, Call
 from minisgl.http.answers import Stream
 from minisgl.http.errors import ApiError, json_response
@@ -105,9 +105,6 @@ def create_app(service: Service) -> ASGIApp:
     async def model_info() -> Response:
         return json_response(200, info.model_info(service.spec))
 
-    async def hint() -> Response:
-        return PlainTextResponse(f"minisgl serves {service.spec.model.name}. Try POST /generate, or open /docs.\n")
-
     add = app.add_api_route
     add("/generate", generate, methods=["POST"], response_model=None, **compat_docs.GENERATE)
     add("/health", health, methods=["GET"], response_model=None, **api_docs.HEALTH)
@@ -123,7 +120,8 @@ def create_app(service: Service) -> ASGIApp:
     add("/v1/completions", completions, methods=["POST"], response_model=None, **compat_docs.COMPLETIONS)
     add("/v1/models", models, methods=["GET"], response_model=None, **compat_docs.MODELS)
     add("/v1/models/{name:path}", model, methods=["GET"], response_model=None, **compat_docs.MODEL)
-    add("/", hint, methods=["GET"], include_in_schema=False)
+    for path, endpoint in page.endpoints():
+        add(path, endpoint, methods=["GET"], response_model=None, include_in_schema=False)
     config = service.spec.config
     return Edge(app, Gate(config), traced=config.otlp_endpoint is not None)
 

@@ -9,10 +9,11 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from minisgl.config import ServerConfig
+from minisgl.http import page
 from minisgl.http.errors import ApiError, json_response
 
-OPEN_PATHS = ("/health", "/health_generate", "/metrics")
-"""What load balancers and scrapers ask for, which have no key."""
+OPEN_PATHS = ("/health", "/health_generate", "/metrics", *page.PATHS)
+"""What load balancers and scrapers ask for, which have no key, and the web page, which asks its user for one."""
 
 _EXPOSED = b"x-request-id, server-timing, retry-after"
 _METHODS = b"GET, POST, PUT, DELETE, OPTIONS"

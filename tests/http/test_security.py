@@ -14,6 +14,7 @@ import pytest
 from http_rig import Rig, lines, running
 
 from minisgl.client import Client, RequestFailed
+from minisgl.http import page
 from minisgl.messages import GenerateRequest
 
 KEY = "s3cret-key_!"
@@ -47,16 +48,17 @@ def routes(rig: Rig) -> list[tuple[str, str]]:
     document = json.loads(fetch(rig, "GET", "/openapi.json", **AUTHORIZED).read())
     assert "401" in document["paths"]["/generate"]["post"]["responses"]
     described = [(method.upper(), path) for path, item in document["paths"].items() for method in item]
-    return [*described, *(("GET", path) for path in ("/", "/docs", "/openapi.json", "/nowhere"))]
+    hidden = (*page.PATHS, "/web/", "/web/nowhere", "/docs", "/openapi.json", "/nowhere")
+    return [*described, *(("GET", path) for path in hidden)]
 
 
-def test_every_route_but_health_and_metrics_needs_the_key(rig: Rig) -> None:
+def test_every_route_but_health_metrics_and_the_page_needs_the_key(rig: Rig) -> None:
     known = routes(rig)
     assert ("POST", "/generate") in known
     for method, path in known:
         response = fetch(rig, method, path, b"{}", X_Request_Id="mine")
         body = response.read()
-        if path in ("/health", "/health_generate", "/metrics"):
+        if path in ("/health", "/health_generate", "/metrics", *page.PATHS):
             assert response.status != 401, path
             continue
         assert response.status == 401, (method, path)
@@ -93,7 +95,15 @@ def test_nothing_but_the_key_opens(rig: Rig, authorization: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health/../generate", "/metrics/../generate", "/%67enerate", "//generate", "/health%2f..%2fgenerate"]
+    "path",
+    [
+        "/health/../generate",
+        "/metrics/../generate",
+        "/%67enerate",
+        "//generate",
+        "/health%2f..%2fgenerate",
+        "/web/../generate",
+    ],
 )
 def test_no_spelling_of_a_path_gets_past_the_key(rig: Rig, path: str) -> None:
     assert fetch(rig, "POST", path, b'{"prompt": "Hi"}').status in (401, 404)
