@@ -50,8 +50,9 @@ async function answer() {
   };
   try {
     const signal = running.controller.signal;
-    const done = await withKey(() => generate(body, signal, (hops) => showTimeline(hops), onDelta));
+    const done = await withKey(() => generate(body, signal, showTimeline, onDelta));
     message.note = noteOf(done);
+    if (!byId("model").title) showModel();
     showTimeline(done.timing.hops_us, done.timing);
   } catch (error) {
     if (error.name === "AbortError") message.note = "stopped";
@@ -81,9 +82,8 @@ function noteOf({ finish_reason, usage, timing }) {
   return `${rate.toFixed(1)} tokens/s · TTFB ${duration(timing.ttfb_us)} · ${tokens}${length}`;
 }
 
-/** Only a view of the newest answer; the panel's own hint goes with the first. */
 function showTimeline(hops, timing) {
-  if (Object.keys(hops).length) drawTimeline(byId("timeline"), hops, timing);
+  drawTimeline(byId("timeline"), hops, timing);
 }
 
 // ---- the API key ----------------------------------------------------------------------------------------------------
@@ -292,6 +292,7 @@ function setUp() {
   document.querySelector("main").addEventListener("click", closePanels);
   byId("new").addEventListener("click", () => switchTo(store.newConversation()));
   byId("stop").addEventListener("click", stop);
+  byId("no-key").addEventListener("click", () => byId("key-dialog").close());
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
