@@ -57,9 +57,9 @@ def main() -> int:
         for group in [systems] if plan.order == "interleaved" else [[system] for system in systems]:
             for _ in campaign.measure(group):
                 # Written after every run, so that whoever cuts this short has what was measured.
-                campaign.report_into(report)
+                campaign.report_into(report, finished=False)
                 report.write(arguments.out, arguments.name)
-        campaign.report_into(report)
+        campaign.report_into(report, finished=True)
     if arguments.records:
         campaign.write_records(arguments.out / f"{arguments.name}.records.jsonl")
     return finish(report, arguments)

@@ -156,8 +156,8 @@ class Campaign:
         short = [Session((Turn(session.turns[0].text, WARMUP_TOKENS),)) for session in asked]
         self.generator.run(Load(server.target, short, concurrency=wave, request_timeout=self.plan.request_timeout))
 
-    def report_into(self, report: Report) -> None:
-        """Put everything seen so far into the report."""
+    def report_into(self, report: Report, finished: bool) -> None:
+        """Put everything seen so far into the report; unless `finished`, it says that more was planned."""
         cost = bandwidth.DecodeCost.of_config(bandwidth.model_config(self.setup.model_dir), self.setup.dtype)
         copy_bytes_per_s = report.machine["copy_bandwidth_gb_s"] * 1e9
         report.cells = [cell_of(runs, cost, copy_bytes_per_s) for runs in self.runs.values()]
@@ -165,6 +165,8 @@ class Campaign:
         report.probes = dict(self.probes)
         report.problems = self.problems + self._unequal_prompts()
         report.remarks = [f"{self.skipped} runs were not made: the time limit was reached"] if self.skipped else []
+        if not finished:
+            report.remarks.append("cut short: what follows is what had been measured by then")
 
     def _unequal_prompts(self) -> list[str]:
         """Systems that saw other prompt lengths than the rest did not do the same work."""

@@ -45,6 +45,7 @@ def test_a_run_on_the_demo_model_is_a_result_with_a_report(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "server.json").read_text())
     assert report["refused"] is False
+    assert report["remarks"] == []
     assert [(cell["level"]["concurrency"], cell["requests"]) for cell in report["cells"]] == [(1, 3), (3, 6)]
     for cell in report["cells"]:
         assert cell["output_tokens"] == 8
@@ -121,3 +122,30 @@ def test_a_server_that_cannot_start_is_named_with_its_last_words(tmp_path):
     assert "REFUSED: minisgl ended by itself" in done.stderr
     assert "last words" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_measured_and_leaves_no_server(tmp_path):
+    bench = subprocess.Popen(
+        [
+            *(sys.executable, str(BENCH / "server_bench.py"), "--systems", "minisgl", "--concurrency", "1,2"),
+            *("--min-requests", "2", "--output-len", "8", "--rounds", "500", "--out", str(tmp_path)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in bench.stderr:
+            if "load 2:" in line:
+                break
+        processes = psutil.Process(bench.pid).children(recursive=True)
+        bench.terminate()
+        assert bench.wait(30) == 143
+    finally:
+        bench.kill()
+    report = json.loads((tmp_path / "server.json").read_text())
+    assert report["cells"][0]["output_tps"] > 0
+    assert "cut short" in report["remarks"][0]
+    assert "**cut short" in (tmp_path / "server.md").read_text()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
