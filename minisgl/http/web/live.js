@@ -56,7 +56,7 @@ function showState(text, kind, problems) {
 }
 
 function showMemory(used, cached, total) {
-  const number = new Intl.NumberFormat("en");
+  const number = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
   const share = (tokens) => (total ? (100 * tokens) / total : 0);
   byId("kv-text").textContent = total
     ? `${number.format(used)} used, ${number.format(cached)} cached of ${number.format(total)}`

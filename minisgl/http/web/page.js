@@ -230,7 +230,7 @@ function removeConversation(stored) {
 
 function samplingIsValid() {
   const form = byId("sampling");
-  if (!form.checkValidity()) openPanel("live");
+  if (!form.checkValidity()) byId("sampling-box").open = true;
   return form.reportValidity();
 }
 

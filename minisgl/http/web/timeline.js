@@ -68,16 +68,14 @@ function steps(timing) {
   const chart = svg("svg", { class: "steps", viewBox: "0 0 1000 100", preserveAspectRatio: "none", role: "img" });
   chart.setAttribute("aria-label", `${found.length} steps of the model over ${duration(free / 1000)}`);
   const firstByte = timing.ttfb_us * 1000;
-  chart.append(svg("rect", { x: 0, y: 0, width: (1000 * firstByte) / Math.max(free, firstByte), height: 100, class: "before" }));
+  const toFirstByte = { x: 0, y: 0, width: (1000 * firstByte) / Math.max(free, firstByte), height: 100, class: "before" };
+  chart.append(titled(svg("rect", toFirstByte), `to the first byte: ${duration(timing.ttfb_us)}`));
   found.forEach((step, index) => {
     const height = Math.max(4, (100 * lengths[index]) / highest);
     const place = { x: (1000 * step.start) / free, y: 100 - height, height };
     const rect = svg("rect", { ...place, width: Math.max(0.5, (1000 * (step.end - step.start)) / free - 1) });
     rect.setAttribute("class", index ? "decode" : "prefill");
-    const title = svg("title", {});
-    title.textContent = `${index ? `step ${index + 1}` : "prefill"}: ${duration(lengths[index] / 1000)}`;
-    rect.append(title);
-    chart.append(rect);
+    chart.append(titled(rect, `${index ? `step ${index + 1}` : "prefill"}: ${duration(lengths[index] / 1000)}`));
   });
   const decode = lengths.slice(1).sort((one, other) => one - other);
   const median = decode.length ? `median ${duration(decode[decode.length >> 1] / 1000)}, ` : "";
@@ -95,6 +93,13 @@ function caption(text, value) {
 
 function made(tag, properties = {}) {
   return Object.assign(document.createElement(tag), properties);
+}
+
+function titled(element, text) {
+  const title = svg("title", {});
+  title.textContent = text;
+  element.append(title);
+  return element;
 }
 
 function svg(tag, attributes) {
