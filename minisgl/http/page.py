@@ -16,6 +16,7 @@ _FILES = {
     "/web/style.css": ("style.css", "text/css"),
     "/web/page.js": ("page.js", _JAVASCRIPT),
     "/web/api.js": ("api.js", _JAVASCRIPT),
+    "/web/key.js": ("key.js", _JAVASCRIPT),
     "/web/live.js": ("live.js", _JAVASCRIPT),
     "/web/markdown.js": ("markdown.js", _JAVASCRIPT),
     "/web/store.js": ("store.js", _JAVASCRIPT),

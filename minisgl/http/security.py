@@ -12,7 +12,7 @@ from minisgl.config import ServerConfig
 from minisgl.http import page
 from minisgl.http.errors import ApiError, json_response
 
-OPEN_PATHS = ("/health", "/health_generate", "/metrics", *page.PATHS)
+OPEN_PATHS = frozenset(("/health", "/health_generate", "/metrics", *page.PATHS))
 """What load balancers and scrapers ask for, which have no key, and the web page, which asks its user for one."""
 
 _EXPOSED = b"x-request-id, server-timing, retry-after"

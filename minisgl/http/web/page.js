@@ -1,6 +1,7 @@
 // The chat: conversations, messages, and the one answer that may be on its way.
 
-import { Refusal, apiKey, fetchJson, generate } from "./api.js";
+import { Refusal, fetchJson, generate } from "./api.js";
+import { withKey } from "./key.js";
 import { watchServer } from "./live.js";
 import { parse, show } from "./markdown.js";
 import * as store from "./store.js";
@@ -84,38 +85,6 @@ function noteOf({ finish_reason, usage, timing }) {
 
 function showTimeline(hops, timing) {
   drawTimeline(byId("timeline"), hops, timing);
-}
-
-// ---- the API key ----------------------------------------------------------------------------------------------------
-
-/** Do this; where the server asks for its key, ask the user for it and do it again. */
-async function withKey(action) {
-  for (;;) {
-    try {
-      return await action();
-    } catch (error) {
-      if (error.status !== 401 || !(await askForKey())) throw error;
-    }
-  }
-}
-
-/** Whether a key was given. */
-function askForKey() {
-  const dialog = byId("key-dialog");
-  if (apiKey.get()) byId("key-reason").textContent = "The server does not take this key. Enter another one.";
-  byId("key").value = "";
-  if (!dialog.open) {
-    dialog.returnValue = "";
-    dialog.showModal();
-  }
-  return new Promise((resolve) => {
-    const closed = () => {
-      const given = dialog.returnValue === "use";
-      if (given) apiKey.set(byId("key").value.trim());
-      resolve(given);
-    };
-    dialog.addEventListener("close", closed, { once: true });
-  });
 }
 
 async function showModel() {
@@ -292,7 +261,6 @@ function setUp() {
   document.querySelector("main").addEventListener("click", closePanels);
   byId("new").addEventListener("click", () => switchTo(store.newConversation()));
   byId("stop").addEventListener("click", stop);
-  byId("no-key").addEventListener("click", () => byId("key-dialog").close());
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
