@@ -7,6 +7,9 @@ raises MalformedMessage, which the receiver counts and drops. No pickle, no exte
     http --GenerateRequest, AbortRequest--> tokenizer --TokenizedRequest, AbortRequest--> scheduler
     scheduler --TokenBatch, RequestError--> detokenizer --DeltaBatch, RequestError--> http
     tokenizer --Dispatched, RequestError--> http           detokenizer --AbortRequest (stop string)--> scheduler
+    http --TokenizeRequest, DetokenizeRequest--> tokenizer --TextAnswer--> http
+    http --FlushCache--> tokenizer --FlushCache--> every scheduler --CacheFlushed--> detokenizer --CacheFlushed--> http
+    http --AbortNamed--> every other http
     worker --Hello, Progress, Ready, Heartbeat, Failed--> supervisor
     supervisor --WorkerUp, WorkerDown, Health, Drain, Shutdown--> worker
 
@@ -16,26 +19,38 @@ Columns of integers travel as packed little-endian int32 or int64 bytes. Times a
 from __future__ import annotations
 
 import enum
-import sys
-from array import array
-from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
 import msgpack
 
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import Grammar, SamplingParams
+from minisgl.wire_fields import JsonObject as JsonObject
+from minisgl.wire_fields import MalformedMessage as MalformedMessage
+from minisgl.wire_fields import (
+    check_blobs,
+    check_bool,
+    check_float,
+    check_int,
+    check_ints,
+    check_list,
+    check_object,
+    check_optional,
+    check_same_length,
+    check_str,
+    check_strs,
+    pack_float32,
+    pack_int32,
+    pack_int64,
+    unpack_float32,
+    unpack_int32,
+    unpack_int64,
+)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 2**20
 """Frames above this are refused by the receiving socket."""
-
-JsonObject: TypeAlias = dict[str, Any]
-
-
-class MalformedMessage(ValueError):
-    """The frame is not a message of this protocol version."""
 
 
 class FinishReason(enum.IntEnum):
@@ -50,99 +65,10 @@ class FinishReason(enum.IntEnum):
 _FINISH_REASONS = tuple(FinishReason)
 
 
-# ---- field checks ---------------------------------------------------------------------------------------------------
-
-
-def _int(value: Any) -> int:
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise MalformedMessage(f"expected a 64-bit int, got {type(value).__name__}")
-    return value
-
-
-def _float(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise MalformedMessage(f"expected a number, got {type(value).__name__}")
-    return float(value)
-
-
-def _bool(value: Any) -> bool:
-    if type(value) is not bool:
-        raise MalformedMessage(f"expected a bool, got {type(value).__name__}")
-    return value
-
-
-def _str(value: Any) -> str:
-    if type(value) is not str:
-        raise MalformedMessage(f"expected a string, got {type(value).__name__}")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if type(value) is not list:
-        raise MalformedMessage(f"expected a list, got {type(value).__name__}")
-    return value
-
-
-def _object(value: Any) -> JsonObject:
-    if type(value) is not dict or not all(type(key) is str for key in value):
-        raise MalformedMessage("expected an object with string keys")
-    return value
-
-
-def _ints(value: Any) -> list[int]:
-    return [_int(item) for item in _list(value)]
-
-
-def _strs(value: Any) -> list[str]:
-    return [_str(item) for item in _list(value)]
-
-
-def _optional(check: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else check(value)
-
-
-def _pack_column(typecode: str, values: Sequence[int]) -> bytes:
-    column = array(typecode, values)
-    if sys.byteorder == "big":
-        column.byteswap()
-    return column.tobytes()
-
-
-def _unpack_column(typecode: str, data: Any) -> list[int]:
-    column = array(typecode)
-    if type(data) is not bytes or len(data) % column.itemsize:
-        raise MalformedMessage("expected a packed integer column")
-    column.frombytes(data)
-    if sys.byteorder == "big":
-        column.byteswap()
-    return column.tolist()
-
-
-def pack_int32(values: Sequence[int]) -> bytes:
-    return _pack_column("i", values)
-
-
-def unpack_int32(data: Any) -> list[int]:
-    return _unpack_column("i", data)
-
-
-def pack_int64(values: Sequence[int]) -> bytes:
-    return _pack_column("q", values)
-
-
-def unpack_int64(data: Any) -> list[int]:
-    return _unpack_column("q", data)
-
-
 def _finish_column(data: Any) -> list[FinishReason]:
     if type(data) is not bytes or any(code > FinishReason.ABORT for code in data):
         raise MalformedMessage("expected a column of finish reasons")
     return [_FINISH_REASONS[code] for code in data]
-
-
-def _same_length(*columns: Sequence[Any]) -> None:
-    if len({len(column) for column in columns}) > 1:
-        raise MalformedMessage("columns differ in length")
 
 
 _sampling_fields = attrgetter(*(spec.name for spec in fields(SamplingParams)))
@@ -153,23 +79,44 @@ def _pack_sampling(params: SamplingParams) -> list[Any]:
 
 
 def _unpack_sampling(value: Any) -> SamplingParams:
-    fields = _list(value)
-    if len(fields) != 12:
-        raise MalformedMessage(f"sampling params have 12 fields, got {len(fields)}")
+    fields = check_list(value)
+    if len(fields) != 19:
+        raise MalformedMessage(f"sampling params have 19 fields, got {len(fields)}")
     return SamplingParams(
-        max_new_tokens=_optional(_int, fields[0]),
-        temperature=_float(fields[1]),
-        top_k=_int(fields[2]),
-        top_p=_float(fields[3]),
-        min_p=_float(fields[4]),
-        seed=_optional(_int, fields[5]),
-        min_new_tokens=_int(fields[6]),
-        ignore_eos=_bool(fields[7]),
-        stop=tuple(_strs(fields[8])),
-        stop_token_ids=tuple(_ints(fields[9])),
-        skip_special_tokens=_bool(fields[10]),
-        no_stop_trim=_bool(fields[11]),
+        max_new_tokens=check_optional(check_int, fields[0]),
+        temperature=check_float(fields[1]),
+        top_k=check_int(fields[2]),
+        top_p=check_float(fields[3]),
+        min_p=check_float(fields[4]),
+        seed=check_optional(check_int, fields[5]),
+        min_new_tokens=check_int(fields[6]),
+        ignore_eos=check_bool(fields[7]),
+        stop=tuple(check_strs(fields[8])),
+        stop_token_ids=tuple(check_ints(fields[9])),
+        skip_special_tokens=check_bool(fields[10]),
+        no_stop_trim=check_bool(fields[11]),
+        frequency_penalty=check_float(fields[12]),
+        presence_penalty=check_float(fields[13]),
+        repetition_penalty=check_float(fields[14]),
+        logit_bias=tuple(_bias(pair) for pair in check_list(fields[15])),
+        grammar=check_optional(_grammar, fields[16]),
+        logprobs=check_optional(check_int, fields[17]),
+        prompt_logprobs_from=check_optional(check_int, fields[18]),
     )
+
+
+def _bias(value: Any) -> tuple[int, float]:
+    pair = check_list(value)
+    if len(pair) != 2:
+        raise MalformedMessage("logit_bias holds pairs of token id and bias")
+    return check_int(pair[0]), check_float(pair[1])
+
+
+def _grammar(value: Any) -> Grammar:
+    pair = check_strs(value)
+    if len(pair) != 2:
+        raise MalformedMessage("a grammar is a kind and a source")
+    return Grammar(*pair)
 
 
 # ---- request ids ----------------------------------------------------------------------------------------------------
@@ -195,32 +142,47 @@ def http_worker_of(rid: int) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class GenerateRequest:
-    """http -> tokenizer: a validated request. `prompt` is text, token ids, or a list of chat messages."""
+    """http -> tokenizer: a validated request. `prompt` is text, token ids, or a list of chat messages.
+
+    `template` are variables for the chat template beside the messages: tools, continue_final_message, ...
+    """
 
     rid: int
     prompt: str | list[int] | list[JsonObject]
     sampling: SamplingParams
     stamps: list[int]
     """Readings of timeline.STAMPS so far; so in every message below."""
+    template: JsonObject = field(default_factory=dict)
     TYPE: ClassVar[int] = 1
 
     def pack(self) -> list[Any]:
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
-            prompt = pack_int32(prompt)
-        return [self.rid, prompt, _pack_sampling(self.sampling), self.stamps]
+        return [self.rid, _pack_prompt(self.prompt), _pack_sampling(self.sampling), self.stamps, self.template]
 
     @classmethod
-    def unpack(cls, rid: Any, prompt: Any, sampling: Any, stamps: Any) -> GenerateRequest:
-        if type(prompt) is bytes:
-            prompt = unpack_int32(prompt)
-        elif type(prompt) is list:
-            if not prompt:
-                raise MalformedMessage("a chat needs at least one message")
-            prompt = [_object(message) for message in prompt]
-        else:
-            prompt = _str(prompt)
-        return cls(_int(rid), prompt, _unpack_sampling(sampling), _ints(stamps))
+    def unpack(cls, rid: Any, prompt: Any, sampling: Any, stamps: Any, template: Any) -> GenerateRequest:
+        return cls(
+            check_int(rid),
+            _unpack_prompt(prompt),
+            _unpack_sampling(sampling),
+            check_ints(stamps),
+            check_object(template),
+        )
+
+
+def _pack_prompt(prompt: str | list[int] | list[JsonObject]) -> Any:
+    if isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int)):
+        return pack_int32(prompt)  # type: ignore[arg-type]
+    return prompt
+
+
+def _unpack_prompt(prompt: Any) -> str | list[int] | list[JsonObject]:
+    if type(prompt) is bytes:
+        return unpack_int32(prompt)
+    if type(prompt) is not list:
+        return check_str(prompt)
+    if not prompt:
+        raise MalformedMessage("a chat needs at least one message")
+    return [check_object(message) for message in prompt]
 
 
 @dataclass(slots=True)
@@ -235,7 +197,7 @@ class AbortRequest:
 
     @classmethod
     def unpack(cls, rid: Any) -> AbortRequest:
-        return cls(_int(rid))
+        return cls(check_int(rid))
 
 
 @dataclass(slots=True)
@@ -253,7 +215,7 @@ class TokenizedRequest:
 
     @classmethod
     def unpack(cls, rid: Any, input_ids: Any, sampling: Any, stamps: Any) -> TokenizedRequest:
-        return cls(_int(rid), unpack_int32(input_ids), _unpack_sampling(sampling), _ints(stamps))
+        return cls(check_int(rid), unpack_int32(input_ids), _unpack_sampling(sampling), check_ints(stamps))
 
 
 @dataclass(slots=True)
@@ -267,24 +229,89 @@ class StreamOpen:
     skip_special_tokens: bool
     no_stop_trim: bool
     stamps: list[int]
+    min_new_tokens: int = 0
 
     def pack(self) -> list[Any]:
         return list(astuple(self))
 
     @classmethod
     def unpack(cls, fields: Any) -> StreamOpen:
-        values = _list(fields)
-        if len(values) != 7:
-            raise MalformedMessage(f"StreamOpen has 7 fields, got {len(values)}")
+        values = check_list(fields)
+        if len(values) != 8:
+            raise MalformedMessage(f"StreamOpen has 8 fields, got {len(values)}")
         return cls(
-            _int(values[0]),
-            _int(values[1]),
-            _int(values[2]),
-            _strs(values[3]),
-            _bool(values[4]),
-            _bool(values[5]),
-            _ints(values[6]),
+            check_int(values[0]),
+            check_int(values[1]),
+            check_int(values[2]),
+            check_strs(values[3]),
+            check_bool(values[4]),
+            check_bool(values[5]),
+            check_ints(values[6]),
+            check_int(values[7]),
         )
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Part of TokenBatch and DeltaBatch: log probabilities (natural, of the model's own distribution) for one row.
+
+    Either of generated tokens - in a TokenBatch the row's one token, in a DeltaBatch all tokens of the row - or of
+    prompt tokens (`of_prompt`; all of them go with the request's first row, and the very first token's value is NaN).
+
+    Attributes:
+        row: index of the batch's row.
+        values: one per token id.
+        top_ids, top_values: the likeliest tokens at each place, the same number (maybe none) for each token id.
+        pieces: the bytes of each of token_ids, then of each of top_ids; empty until the detokenizer fills them in.
+    """
+
+    row: int
+    of_prompt: bool
+    token_ids: list[int]
+    values: list[float]
+    top_ids: list[int] = field(default_factory=list)
+    top_values: list[float] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+
+    def pack(self) -> list[Any]:
+        return [
+            self.row,
+            self.of_prompt,
+            pack_int32(self.token_ids),
+            pack_float32(self.values),
+            pack_int32(self.top_ids),
+            pack_float32(self.top_values),
+            self.pieces,
+        ]
+
+    @classmethod
+    def unpack(cls, fields: Any) -> Logprobs:
+        values = check_list(fields)
+        if len(values) != 7:
+            raise MalformedMessage(f"Logprobs has 7 fields, got {len(values)}")
+        part = cls(
+            check_int(values[0]),
+            check_bool(values[1]),
+            unpack_int32(values[2]),
+            unpack_float32(values[3]),
+            unpack_int32(values[4]),
+            unpack_float32(values[5]),
+            check_blobs(values[6]),
+        )
+        check_same_length(part.token_ids, part.values)
+        check_same_length(part.top_ids, part.top_values)
+        if part.top_ids and (not part.token_ids or len(part.top_ids) % len(part.token_ids)):
+            raise MalformedMessage("the likeliest tokens are not the same number for each token")
+        if part.pieces and len(part.pieces) != len(part.token_ids) + len(part.top_ids):
+            raise MalformedMessage("there is not one piece for each token")
+        return part
+
+
+def _unpack_logprobs(value: Any, rows: int) -> list[Logprobs]:
+    parts = [Logprobs.unpack(part) for part in check_list(value)]
+    if not all(0 <= part.row < rows for part in parts):
+        raise MalformedMessage("a row index is out of range")
+    return parts
 
 
 NO_TOKEN = -1
@@ -307,6 +334,7 @@ class TokenBatch:
     rids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finishes: list[FinishReason] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     TYPE: ClassVar[int] = 4
 
     def pack(self) -> list[Any]:
@@ -320,6 +348,7 @@ class TokenBatch:
             pack_int64(self.rids),
             pack_int32(self.token_ids),
             bytes(self.finishes),
+            [part.pack() for part in self.logprobs],
         ]
 
     @classmethod
@@ -334,19 +363,21 @@ class TokenBatch:
         rids: Any,
         token_ids: Any,
         finishes: Any,
+        logprobs: Any,
     ) -> TokenBatch:
         batch = cls(
-            _int(replica),
-            _int(epoch),
-            _int(step),
-            _int(launched_ns),
-            _int(retired_ns),
-            [StreamOpen.unpack(stream) for stream in _list(opened)],
+            check_int(replica),
+            check_int(epoch),
+            check_int(step),
+            check_int(launched_ns),
+            check_int(retired_ns),
+            [StreamOpen.unpack(stream) for stream in check_list(opened)],
             unpack_int64(rids),
             unpack_int32(token_ids),
             _finish_column(finishes),
         )
-        _same_length(batch.rids, batch.token_ids, batch.finishes)
+        check_same_length(batch.rids, batch.token_ids, batch.finishes)
+        batch.logprobs = _unpack_logprobs(logprobs, len(batch.rids))
         return batch
 
 
@@ -364,10 +395,10 @@ class Opening:
 
     @classmethod
     def unpack(cls, fields: Any) -> Opening:
-        values = _list(fields)
+        values = check_list(fields)
         if len(values) != 4:
             raise MalformedMessage(f"Opening has 4 fields, got {len(values)}")
-        return cls(_int(values[0]), _int(values[1]), _int(values[2]), _ints(values[3]))
+        return cls(check_int(values[0]), check_int(values[1]), check_int(values[2]), check_ints(values[3]))
 
 
 @dataclass(slots=True)
@@ -387,6 +418,7 @@ class DeltaBatch:
     openings: list[Opening] = field(default_factory=list)
     matched: dict[int, int | str] = field(default_factory=dict)
     steps_ns: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     TYPE: ClassVar[int] = 5
 
     def pack(self) -> list[Any]:
@@ -399,6 +431,7 @@ class DeltaBatch:
             [opening.pack() for opening in self.openings],
             [[row, match] for row, match in self.matched.items()],
             pack_int64(self.steps_ns),
+            [part.pack() for part in self.logprobs],
         ]
 
     @classmethod
@@ -412,25 +445,27 @@ class DeltaBatch:
         openings: Any,
         matched: Any,
         steps_ns: Any,
+        logprobs: Any,
     ) -> DeltaBatch:
         batch = cls(
             unpack_int64(rids),
-            _strs(texts),
+            check_strs(texts),
             unpack_int32(token_counts),
             unpack_int32(token_ids),
             _finish_column(finishes),
-            [Opening.unpack(opening) for opening in _list(openings)],
+            [Opening.unpack(opening) for opening in check_list(openings)],
             steps_ns=unpack_int64(steps_ns),
         )
         rows = len(batch.rids)
-        _same_length(batch.rids, batch.texts, batch.token_counts, batch.finishes)
+        batch.logprobs = _unpack_logprobs(logprobs, rows)
+        check_same_length(batch.rids, batch.texts, batch.token_counts, batch.finishes)
         if min(batch.token_counts, default=0) < 0 or sum(batch.token_counts) != len(batch.token_ids):
             raise MalformedMessage("token counts do not add up to the token ids")
-        for pair in _list(matched):
-            if len(_list(pair)) != 2:
+        for pair in check_list(matched):
+            if len(check_list(pair)) != 2:
                 raise MalformedMessage("matched holds pairs of row and match")
             row, match = pair
-            batch.matched[_int(row)] = match if type(match) is str else _int(match)
+            batch.matched[check_int(row)] = match if type(match) is str else check_int(match)
         named_rows = [*batch.matched, *(opening.row for opening in batch.openings)]
         if not all(0 <= row < rows for row in named_rows):
             raise MalformedMessage("a row index is out of range")
@@ -452,7 +487,7 @@ class RequestError:
 
     @classmethod
     def unpack(cls, rid: Any, status: Any, code: Any, message: Any) -> RequestError:
-        return cls(_int(rid), _int(status), _str(code), _str(message))
+        return cls(check_int(rid), check_int(status), check_str(code), check_str(message))
 
 
 @dataclass(slots=True)
@@ -469,7 +504,107 @@ class Dispatched:
 
     @classmethod
     def unpack(cls, replica: Any, epoch: Any, rids: Any) -> Dispatched:
-        return cls(_int(replica), _int(epoch), unpack_int64(rids))
+        return cls(check_int(replica), check_int(epoch), unpack_int64(rids))
+
+
+@dataclass(slots=True)
+class TokenizeRequest:
+    """http -> tokenizer: the token ids of a text or chat, please. Answered by TextAnswer or RequestError."""
+
+    rid: int
+    prompt: str | list[JsonObject]
+    template: JsonObject
+    add_special_tokens: bool
+    TYPE: ClassVar[int] = 8
+
+    def pack(self) -> list[Any]:
+        return [self.rid, self.prompt, self.template, self.add_special_tokens]
+
+    @classmethod
+    def unpack(cls, rid: Any, prompt: Any, template: Any, add_special_tokens: Any) -> TokenizeRequest:
+        text = [check_object(message) for message in prompt] if type(prompt) is list else check_str(prompt)
+        return cls(check_int(rid), text, check_object(template), check_bool(add_special_tokens))
+
+
+@dataclass(slots=True)
+class DetokenizeRequest:
+    """http -> tokenizer: the text of token ids, please. Answered by TextAnswer or RequestError."""
+
+    rid: int
+    token_ids: list[int]
+    skip_special_tokens: bool
+    TYPE: ClassVar[int] = 9
+
+    def pack(self) -> list[Any]:
+        return [self.rid, pack_int32(self.token_ids), self.skip_special_tokens]
+
+    @classmethod
+    def unpack(cls, rid: Any, token_ids: Any, skip_special_tokens: Any) -> DetokenizeRequest:
+        return cls(check_int(rid), unpack_int32(token_ids), check_bool(skip_special_tokens))
+
+
+@dataclass(slots=True)
+class TextAnswer:
+    """tokenizer -> http: a text and its token ids, whichever of the two was asked for."""
+
+    rid: int
+    text: str
+    token_ids: list[int]
+    TYPE: ClassVar[int] = 10
+
+    def pack(self) -> list[Any]:
+        return [self.rid, self.text, pack_int32(self.token_ids)]
+
+    @classmethod
+    def unpack(cls, rid: Any, text: Any, token_ids: Any) -> TextAnswer:
+        return cls(check_int(rid), check_str(text), unpack_int32(token_ids))
+
+
+@dataclass(slots=True)
+class FlushCache:
+    """http -> tokenizer -> every scheduler: forget all cached prefixes. Each scheduler answers with CacheFlushed."""
+
+    rid: int
+    TYPE: ClassVar[int] = 11
+
+    def pack(self) -> list[Any]:
+        return [self.rid]
+
+    @classmethod
+    def unpack(cls, rid: Any) -> FlushCache:
+        return cls(check_int(rid))
+
+
+@dataclass(slots=True)
+class CacheFlushed:
+    """scheduler -> detokenizer -> http: the prefix cache is empty; or, with `done` unset, requests still use it."""
+
+    rid: int
+    replica: int
+    done: bool
+    TYPE: ClassVar[int] = 12
+
+    def pack(self) -> list[Any]:
+        return [self.rid, self.replica, self.done]
+
+    @classmethod
+    def unpack(cls, rid: Any, replica: Any, done: Any) -> CacheFlushed:
+        return cls(check_int(rid), check_int(replica), check_bool(done))
+
+
+@dataclass(slots=True)
+class AbortNamed:
+    """http -> every other http: end the requests that clients know by this name; "" means all."""
+
+    name: str
+    TYPE: ClassVar[int] = 13
+
+    def pack(self) -> list[Any]:
+        return [self.name]
+
+    @classmethod
+    def unpack(cls, name: Any) -> AbortNamed:
+        return cls(check_str(name))
 
 
 # ---- control messages -----------------------------------------------------------------------------------------------
@@ -490,7 +625,7 @@ class Hello:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, pid: Any, address: Any) -> Hello:
-        return cls(_str(worker), _int(epoch), _int(pid), _str(address))
+        return cls(check_str(worker), check_int(epoch), check_int(pid), check_str(address))
 
 
 @dataclass(slots=True)
@@ -509,7 +644,7 @@ class Progress:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, stage: Any, done: Any, total: Any) -> Progress:
-        return cls(_str(worker), _int(epoch), _str(stage), _int(done), _int(total))
+        return cls(check_str(worker), check_int(epoch), check_str(stage), check_int(done), check_int(total))
 
 
 @dataclass(slots=True)
@@ -526,7 +661,7 @@ class Ready:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, info: Any) -> Ready:
-        return cls(_str(worker), _int(epoch), _object(info))
+        return cls(check_str(worker), check_int(epoch), check_object(info))
 
 
 @dataclass(slots=True)
@@ -547,7 +682,7 @@ class Heartbeat:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, loop_age_us: Any, stats: Any) -> Heartbeat:
-        return cls(_str(worker), _int(epoch), _int(loop_age_us), _object(stats))
+        return cls(check_str(worker), check_int(epoch), check_int(loop_age_us), check_object(stats))
 
 
 @dataclass(slots=True)
@@ -565,7 +700,7 @@ class Failed:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, cause: Any, details: Any) -> Failed:
-        return cls(_str(worker), _int(epoch), _str(cause), _str(details))
+        return cls(check_str(worker), check_int(epoch), check_str(cause), check_str(details))
 
 
 @dataclass(slots=True)
@@ -582,7 +717,7 @@ class WorkerUp:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, address: Any) -> WorkerUp:
-        return cls(_str(worker), _int(epoch), _str(address))
+        return cls(check_str(worker), check_int(epoch), check_str(address))
 
 
 @dataclass(slots=True)
@@ -599,7 +734,7 @@ class WorkerDown:
 
     @classmethod
     def unpack(cls, worker: Any, epoch: Any, cause: Any) -> WorkerDown:
-        return cls(_str(worker), _int(epoch), _str(cause))
+        return cls(check_str(worker), check_int(epoch), check_str(cause))
 
 
 @dataclass(slots=True)
@@ -619,7 +754,7 @@ class Health:
 
     @classmethod
     def unpack(cls, problems: Any, workers: Any) -> Health:
-        return cls(_strs(problems), _object(workers))
+        return cls(check_strs(problems), check_object(workers))
 
 
 @dataclass(slots=True)
@@ -658,6 +793,12 @@ Message: TypeAlias = (
     | DeltaBatch
     | RequestError
     | Dispatched
+    | TokenizeRequest
+    | DetokenizeRequest
+    | TextAnswer
+    | FlushCache
+    | CacheFlushed
+    | AbortNamed
     | Hello
     | Progress
     | Ready
@@ -680,6 +821,12 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
         DeltaBatch,
         RequestError,
         Dispatched,
+        TokenizeRequest,
+        DetokenizeRequest,
+        TextAnswer,
+        FlushCache,
+        CacheFlushed,
+        AbortNamed,
         Hello,
         Progress,
         Ready,

@@ -18,16 +18,21 @@ from minisgl import messages
 from minisgl.messages import (
     MESSAGE_TYPES,
     PROTOCOL_VERSION,
+    AbortNamed,
     AbortRequest,
+    CacheFlushed,
     DeltaBatch,
+    DetokenizeRequest,
     Dispatched,
     Drain,
     Failed,
     FinishReason,
+    FlushCache,
     GenerateRequest,
     Health,
     Heartbeat,
     Hello,
+    Logprobs,
     MalformedMessage,
     Message,
     Opening,
@@ -36,8 +41,10 @@ from minisgl.messages import (
     RequestError,
     Shutdown,
     StreamOpen,
+    TextAnswer,
     TokenBatch,
     TokenizedRequest,
+    TokenizeRequest,
     WorkerDown,
     WorkerUp,
     decode,
@@ -45,7 +52,7 @@ from minisgl.messages import (
     http_worker_of,
     make_request_id,
 )
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import Grammar, SamplingParams
 
 PACKAGE = Path(messages.__file__).parent
 
@@ -75,11 +82,34 @@ sampling = st.builds(
     stop_token_ids=st.lists(int64, max_size=3).map(tuple),
     skip_special_tokens=st.booleans(),
     no_stop_trim=st.booleans(),
+    frequency_penalty=floats,
+    presence_penalty=floats,
+    repetition_penalty=floats,
+    logit_bias=st.lists(st.tuples(int64, floats), max_size=3).map(tuple),
+    grammar=st.none() | st.builds(Grammar, text, text),
+    logprobs=st.none() | int64,
+    prompt_logprobs_from=st.none() | int64,
 )
 prompts = text | st.lists(int32, max_size=8) | st.lists(json_objects, min_size=1, max_size=3)
 stream_opens = st.builds(
-    StreamOpen, int64, int64, int64, st.lists(text, max_size=3), st.booleans(), st.booleans(), stamps
+    StreamOpen, int64, int64, int64, st.lists(text, max_size=3), st.booleans(), st.booleans(), stamps, int64
 )
+float32 = st.floats(allow_nan=False, width=32)
+
+
+@st.composite
+def logprobs(draw: st.DrawFn, rows: int) -> Logprobs:
+    count, top = draw(st.integers(0, 3)), draw(st.integers(0, 2))
+    return Logprobs(
+        draw(st.integers(0, rows - 1)),
+        draw(st.booleans()),
+        *(
+            draw(st.lists(kind, min_size=size, max_size=size))
+            for size in (count, count * top)
+            for kind in (int32, float32)
+        ),
+        draw(st.just([]) | st.lists(st.binary(max_size=4), min_size=count * (top + 1), max_size=count * (top + 1))),
+    )
 
 
 @st.composite
@@ -91,6 +121,7 @@ def token_batches(draw: st.DrawFn) -> TokenBatch:
         [row[0] for row in rows],
         [row[1] for row in rows],
         [row[2] for row in rows],
+        draw(st.lists(logprobs(len(rows)), max_size=2)) if rows else [],
     )
 
 
@@ -108,17 +139,26 @@ def delta_batches(draw: st.DrawFn) -> DeltaBatch:
         draw(st.lists(st.builds(Opening, named, int64, int64, stamps), max_size=most)),
         draw(st.dictionaries(named, int64 | text, max_size=most)),
         draw(stamps),
+        draw(st.lists(logprobs(len(rows)), max_size=2)) if rows else [],
     )
 
 
 BY_TYPE: dict[type[Any], st.SearchStrategy[Any]] = {
-    GenerateRequest: st.builds(GenerateRequest, int64, prompts, sampling, stamps),
+    GenerateRequest: st.builds(GenerateRequest, int64, prompts, sampling, stamps, json_objects),
     AbortRequest: st.builds(AbortRequest, int64),
     TokenizedRequest: st.builds(TokenizedRequest, int64, st.lists(int32, max_size=8), sampling, stamps),
     TokenBatch: token_batches(),
     DeltaBatch: delta_batches(),
     RequestError: st.builds(RequestError, int64, int64, text, text),
     Dispatched: st.builds(Dispatched, int64, int64, st.lists(int64, max_size=5)),
+    TokenizeRequest: st.builds(
+        TokenizeRequest, int64, text | st.lists(json_objects, max_size=3), json_objects, st.booleans()
+    ),
+    DetokenizeRequest: st.builds(DetokenizeRequest, int64, st.lists(int32, max_size=8), st.booleans()),
+    TextAnswer: st.builds(TextAnswer, int64, text, st.lists(int32, max_size=8)),
+    FlushCache: st.builds(FlushCache, int64),
+    CacheFlushed: st.builds(CacheFlushed, int64, int64, st.booleans()),
+    AbortNamed: st.builds(AbortNamed, text),
     Hello: st.builds(Hello, text, int64, int64, text),
     Progress: st.builds(Progress, text, int64, text, int64, int64),
     Ready: st.builds(Ready, text, int64, json_objects),
@@ -260,6 +300,10 @@ def test_rows_must_agree() -> None:
         {"token_counts": [-1], "token_ids": []},
         {"openings": [Opening(1, 1, 0, [])]},
         {"matched": {-1: 5}},
+        {"logprobs": [Logprobs(1, False, [5], [-0.5])]},
+        {"logprobs": [Logprobs(0, False, [5], [])]},
+        {"logprobs": [Logprobs(0, False, [5, 6], [-0.5, -0.25], [5, 6, 7], [0.0, 0.0, 0.0])]},
+        {"logprobs": [Logprobs(0, False, [5], [-0.5], [], [], [b"a", b"b"])]},
     ):
         with pytest.raises(MalformedMessage):
             decode(encode(dataclasses.replace(batch, **change)))
