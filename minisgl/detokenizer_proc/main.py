@@ -14,6 +14,7 @@ from minisgl.detokenizer_proc.stream import Delta, StreamDecoder
 from minisgl.messages import (
     NO_TOKEN,
     AbortRequest,
+    CacheFlushed,
     DeltaBatch,
     FinishReason,
     JsonObject,
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main(worker: Worker) -> None:
     """Load the tokenizer, then serve until Shutdown."""
-    inbox = worker.open_inbox(TokenBatch, RequestError)
+    inbox = worker.open_inbox(TokenBatch, RequestError, CacheFlushed)
     worker.progress("loading the tokenizer")
     spec = worker.spec
     service = DetokenizerService(spec, TokenTexts(load_tokenizer(spec.model.directory, spec.config.trust_remote_code)))
@@ -106,6 +107,8 @@ class DetokenizerService:
             self._take_rows(message)
         elif type(message) is RequestError:
             self._forward_error(message)
+        elif type(message) is CacheFlushed:
+            self._forward_answer(message)
         elif type(message) is WorkerUp:
             self._http.up(message)
             replica = self._schedulers.up(message)
@@ -188,6 +191,11 @@ class DetokenizerService:
         http_index, _ = http_worker_of(error.rid)
         if (stream is None or not stream.cut) and http_index in range(len(self._http.names)):
             self._http.send(http_index, error)
+
+    def _forward_answer(self, answer: CacheFlushed) -> None:
+        http_index, _ = http_worker_of(answer.rid)
+        if http_index in range(len(self._http.names)):
+            self._http.send(http_index, answer)
 
     def _forget_replica(self, replica: int, epoch: int) -> None:
         """Drop the streams of a dead scheduler; http knows which requests these are and what to do with them."""

@@ -11,6 +11,8 @@ from minisgl.channels import Peers
 from minisgl.config import WorkerSpec
 from minisgl.messages import (
     AbortRequest,
+    CacheFlushed,
+    FlushCache,
     Message,
     Shutdown,
     TokenBatch,
@@ -33,7 +35,7 @@ REPORT_SECONDS = 5.0
 
 def main(worker: Worker) -> None:
     """Load the model, then serve until Shutdown."""
-    worker.open_inbox(TokenizedRequest, AbortRequest)
+    worker.open_inbox(TokenizedRequest, AbortRequest, FlushCache)
     core = load(worker)
     worker.ready(core.info())
     serve(worker, core)
@@ -95,6 +97,7 @@ class SchedulerService:
 
     def __init__(self, spec: WorkerSpec, core: ReplicaCore) -> None:
         self._core = core
+        self._replica = spec.index
         self._count = spec.config.detokenizer_workers
         self._detokenizers = Peers("detokenizer", self._count)
         self._gone_http_lives: set[tuple[int, int]] = set()
@@ -107,6 +110,9 @@ class SchedulerService:
                 self._submit(message)
         elif type(message) is AbortRequest:
             self._core.abort(message.rid)
+        elif type(message) is FlushCache:
+            answer = CacheFlushed(message.rid, self._replica, self._core.scheduler.flush_cache())
+            self._detokenizers.send(message.rid % self._count, answer)
         elif type(message) is WorkerUp:
             self._detokenizers.up(message)
         elif type(message) is WorkerDown:

@@ -136,6 +136,14 @@ class Scheduler:
         self._end(request, FinishReason.ABORT)
         return request
 
+    def flush_cache(self) -> bool:
+        """Forget every cached prefix; False, and nothing is done, while requests run or wait."""
+        if self._requests:
+            return False
+        if self.cache:
+            self._evict(self.cache.cached_pages)
+        return True
+
     # ---- steps ----
 
     def plan(self) -> StepPlan | None:

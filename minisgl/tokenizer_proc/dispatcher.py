@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from minisgl import timeline
 from minisgl.channels import Peers
-from minisgl.messages import AbortRequest, Dispatched, TokenizedRequest, WorkerDown, WorkerUp, http_worker_of
+from minisgl.messages import (
+    AbortRequest,
+    Dispatched,
+    FlushCache,
+    TokenizedRequest,
+    WorkerDown,
+    WorkerUp,
+    http_worker_of,
+)
 from minisgl.tokenizer_proc.router import Router
 
 
@@ -40,6 +48,11 @@ class Dispatcher:
     def abort(self, message: AbortRequest) -> None:
         """Tell every replica: which one has the request is not remembered here, and the others ignore it."""
         for replica in self._schedulers.alive():
+            self._schedulers.send(replica, message)
+
+    def flush_caches(self, message: FlushCache) -> None:
+        """Tell every replica, those that are just starting as soon as they are up."""
+        for replica in range(len(self._schedulers.names)):
             self._schedulers.send(replica, message)
 
     def take_announcements(self) -> Iterator[tuple[int, Dispatched]]:

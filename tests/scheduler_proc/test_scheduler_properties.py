@@ -89,6 +89,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert ended.token_ids == self.submitted[rid].input_ids + self.output[rid]
             self.alive.remove(rid)
 
+    @rule()
+    def flush(self) -> None:
+        assert self.scheduler.flush_cache() == (not self.alive)
+        if not self.alive:
+            assert self.scheduler.available_pages + self.scheduler.pages.retiring == self.scheduler.pages.total
+            assert self.scheduler.cache is None or self.scheduler.cache.cached_pages == 0
+
     @rule(steps=st.integers(1, 12))
     def run(self, steps: int) -> None:
         for _ in range(steps):
