@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 from minisgl.config import ConfigError, ModelSpec, ServerConfig, parse_args
 from minisgl.host import bind_listen_sockets, listen, replica_count, run_directory
 from minisgl.launch_view import LaunchView, open_view, ready_notice
-from minisgl.launcher import LaunchFailed, LocalLauncher
+from minisgl.launcher import EntryPoint, LaunchFailed, LocalLauncher
 from minisgl.log import setup_logging
 from minisgl.model_source import ModelNotFound, resolve_model
 from minisgl.supervisor import LAST_WORDS_SECONDS, Supervisor
+from minisgl.worker import run_worker
 
 WARM_UP_TOKENS = 2
 
@@ -35,12 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parse_args(argv))
 
 
-def run(config: ServerConfig, view: LaunchView | None = None, announce: Announce = _print_notice) -> int:
+def run(
+    config: ServerConfig,
+    view: LaunchView | None = None,
+    announce: Announce = _print_notice,
+    entry_point: EntryPoint = run_worker,
+) -> int:
     """Serve until a signal ends it. Must be called from a process's main thread.
 
     Args:
         view: shows the start; None chooses one for standard error.
         announce: called once when the server answers.
+        entry_point: what every worker process runs.
 
     Returns:
         0 after a drain that answered every request (or a start that the user stopped), 1 after a failure, whose root
@@ -56,7 +63,7 @@ def run(config: ServerConfig, view: LaunchView | None = None, announce: Announce
         model = resolve_model(config, lambda stage, done, total: view.progress("model", stage, done, total))
         view.progress("model", model.name, 1, 1)
         with run_directory() as run_dir:
-            launcher = LocalLauncher(run_dir, sockets)
+            launcher = LocalLauncher(run_dir, sockets, entry_point)
             try:
                 return asyncio.run(_serve(config, model, launcher, sockets, view, announce, started))
             finally:

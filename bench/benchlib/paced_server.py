@@ -1,0 +1,89 @@
+"""minisgl with an engine that computes nothing: every process is the real one, only a step's duration is made up.
+
+So the delivery path of a fast GPU can be measured on a machine that has none. `run_paced` is the entry point of every
+worker process; as a program this module is launch.py with that entry point:
+
+    python -m benchlib.paced_server --model DIR --device cpu --port 0
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from socket import socket
+
+from benchlib.pace import SLOWDOWN, decode_ms, prefill_ms
+from minisgl.config import WorkerSpec, parse_args
+from minisgl.messages import AbortRequest, TokenizedRequest
+from minisgl.scheduler_proc.core import ReplicaCore
+from minisgl.scheduler_proc.main import serve
+from minisgl.scheduler_proc.request import StepPlan
+from minisgl.serve import run
+from minisgl.worker import PROCESS_KINDS, Worker, run_worker
+
+
+@dataclass(frozen=True)
+class PacedStep:
+    tokens: int
+    done_at: float
+
+
+class PacedEngine:
+    """Meets core.StepRunner. Tokens are random ones of the vocabulary."""
+
+    page_size = 16
+    device_name = "cuda:0 (paced, no device)"
+    dtype_name = "none"
+    runs_ahead = True
+
+    def __init__(self, vocab_size: int, kv_tokens: int, slowdown: float) -> None:
+        self.num_pages = kv_tokens // self.page_size
+        self._vocab_size = vocab_size
+        self._slowdown = slowdown
+        self._rng = random.Random(0)
+        self._free_at = 0.0
+
+    def launch(self, plan: StepPlan) -> PacedStep:
+        """Steps run one after another, as on a device."""
+        prompts = [row.length for row in plan.rows[plan.decode_rows :]]
+        milliseconds = decode_ms(plan.decode_rows) + prefill_ms(prompts)
+        self._free_at = max(self._free_at, time.monotonic()) + milliseconds * self._slowdown / 1e3
+        return PacedStep(sum(row.sample for row in plan.rows), self._free_at)
+
+    def retire(self, step: PacedStep) -> list[int]:
+        time.sleep(max(0.0, step.done_at - time.monotonic()))
+        return self._rng.choices(range(self._vocab_size), k=step.tokens)
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def run_paced(packed_spec: bytes, life_line: Connection, listen_socket: socket | None = None) -> None:
+    """What a worker process runs."""
+    PROCESS_KINDS["scheduler"] = "benchlib.paced_server"
+    run_worker(packed_spec, life_line, listen_socket)
+
+
+def main(worker: Worker) -> None:
+    """The scheduler process."""
+    spec: WorkerSpec = worker.spec
+    worker.open_inbox(TokenizedRequest, AbortRequest)
+    kv_tokens = spec.config.max_total_tokens or 2**20
+    engine = PacedEngine(spec.model.vocab_size, kv_tokens, float(os.environ.get(SLOWDOWN, "1")))
+    core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch)
+    gc.collect()
+    gc.freeze()
+    worker.ready(core.info())
+    serve(worker, core)
+
+
+if __name__ == "__main__":
+    # Spawned workers import this module under its own name, not as __main__.
+    from benchlib.paced_server import run_paced as entry_point
+
+    sys.exit(run(parse_args(), entry_point=entry_point))
