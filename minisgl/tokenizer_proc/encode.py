@@ -115,6 +115,11 @@ class PromptEncoder:
         ids: list[int] = encodings[0].ids
         return ids
 
+    def detokenize(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """The text of token ids. Other threads run meanwhile."""
+        texts: list[str] = self.tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return texts[0]
+
     def check(self, ids: list[int], max_new_tokens: int | None) -> None:
         """Raise PromptRefused unless there are tokens, the model knows them all, and there is room for the answer."""
         prompt_tokens = len(ids)

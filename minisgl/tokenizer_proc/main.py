@@ -6,18 +6,25 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from minisgl import timeline
 from minisgl.channels import Peers
 from minisgl.config import WorkerSpec
 from minisgl.messages import (
     AbortRequest,
+    DetokenizeRequest,
+    FlushCache,
     GenerateRequest,
     JsonObject,
     Message,
     RequestError,
     Shutdown,
+    TextAnswer,
     TokenizedRequest,
+    TokenizeRequest,
     WorkerDown,
     WorkerUp,
     http_worker_of,
@@ -30,6 +37,7 @@ from minisgl.worker import MAX_IDLE_MS, Worker
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LONG_PROMPT_CHARS = 16_384
 """Texts above this (some 5 ms of work) go to the slow lane."""
 SLOW_LANE_POLL_MS = 1
@@ -39,7 +47,7 @@ TEMPLATE_SECONDS = 2.0
 
 def main(worker: Worker) -> None:
     """Load the tokenizer, then serve until Shutdown."""
-    inbox = worker.open_inbox(GenerateRequest, AbortRequest)
+    inbox = worker.open_inbox(GenerateRequest, AbortRequest, TokenizeRequest, DetokenizeRequest, FlushCache)
     worker.progress("loading the tokenizer")
     # Texts are tokenized one by one, so the library's thread pool would only stand idle.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -71,7 +79,7 @@ class TokenizerService:
         self._narrate = spec.config.narrate
         self._http = Peers("http", spec.config.http_workers)
         self._dispatcher = Dispatcher(spec.replicas, make_router(spec.config.load_balance_method, first=spec.index))
-        self._slow_lane = SlowLane(encoder)
+        self._slow_lane = SlowLane()
         self._gone_http_lives: set[tuple[int, int]] = set()
         self._counters: Counter[str] = Counter()
 
@@ -93,6 +101,10 @@ class TokenizerService:
             self._take(message)
         elif type(message) is AbortRequest:
             self._abort(message)
+        elif isinstance(message, (TokenizeRequest, DetokenizeRequest)):
+            self._answer(message)
+        elif type(message) is FlushCache:
+            self._dispatcher.flush_caches(message)
         elif type(message) is WorkerUp:
             self._http.up(message)
             self._dispatcher.up(message)
@@ -103,12 +115,12 @@ class TokenizerService:
                 self._forget_requests_of(http_index, message.epoch)
 
     def finish_round(self) -> None:
-        """Dispatch what the slow lane has done, and tell http which replica got which request."""
-        for request, result in self._slow_lane.finished():
+        """Pass on what the slow lane has done, and tell http which replica got which request."""
+        for rid, deliver, result in self._slow_lane.finished():
             if isinstance(result, BaseException):
-                self._answer_error(request.rid, result)
+                self._answer_error(rid, result)
             else:
-                self._dispatch(request, result)
+                deliver(result)
         for http_index, announcement in self._dispatcher.take_announcements():
             self._http.send(http_index, announcement)
 
@@ -125,21 +137,52 @@ class TokenizerService:
 
     def _take(self, request: GenerateRequest) -> None:
         request.stamps.append(timeline.now())
-        http_life = http_worker_of(request.rid)
-        if http_life[0] not in range(len(self._http.names)) or http_life in self._gone_http_lives:
-            self._counters["unanswerable"] += 1
+        if not self._is_answerable(request.rid):
             return
         self._counters["requests"] += 1
         try:
             prompt = self._encoder.render(request.prompt)
             if not isinstance(prompt, PromptText):
                 self._dispatch(request, prompt)
-            elif len(prompt.text) > LONG_PROMPT_CHARS:
-                self._slow_lane.submit(request, prompt)
             else:
-                self._dispatch(request, self._encoder.tokenize(prompt))
+                tokenize = partial(self._encoder.tokenize, prompt)
+                self._work(request.rid, len(prompt.text), tokenize, partial(self._dispatch, request))
         except BaseException as error:  # a panic of the native library is no Exception
             self._answer_error(request.rid, error)
+
+    def _answer(self, request: TokenizeRequest | DetokenizeRequest) -> None:
+        """Tell http the token ids of a text, or the text of token ids."""
+        rid = request.rid
+        if not self._is_answerable(rid):
+            return
+        try:
+            if isinstance(request, DetokenizeRequest):
+                token_ids = request.token_ids
+                detokenize = partial(self._encoder.detokenize, token_ids, request.skip_special_tokens)
+                self._work(rid, len(token_ids), detokenize, lambda text: self._send_text(rid, text, token_ids))
+                return
+            prompt = self._encoder.render(request.prompt)
+            if not isinstance(prompt, PromptText):
+                raise PromptRefused("empty_prompt", "a chat needs at least one message")
+            text = prompt.text
+            tokenize = partial(self._encoder.tokenize, PromptText(text, request.add_special_tokens))
+            self._work(rid, len(text), tokenize, lambda token_ids: self._send_text(rid, text, token_ids))
+        except BaseException as error:  # a panic of the native library is no Exception
+            self._answer_error(rid, error)
+
+    def _work(self, rid: int, size: int, work: Callable[[], T], deliver: Callable[[T], None]) -> None:
+        """Do it now, or in the slow lane if it is a lot."""
+        if size > LONG_PROMPT_CHARS:
+            self._slow_lane.submit(rid, work, deliver)
+        else:
+            deliver(work())
+
+    def _is_answerable(self, rid: int) -> bool:
+        http_life = http_worker_of(rid)
+        if http_life[0] in range(len(self._http.names)) and http_life not in self._gone_http_lives:
+            return True
+        self._counters["unanswerable"] += 1
+        return False
 
     def _dispatch(self, request: GenerateRequest, input_ids: list[int]) -> None:
         try:
@@ -175,6 +218,9 @@ class TokenizerService:
             self._counters["errors"] += 1
             logger.error("request %d: tokenizing failed", rid, exc_info=error)
             self._send_error(RequestError(rid, 500, "tokenizer_error", f"the prompt could not be tokenized: {error}"))
+
+    def _send_text(self, rid: int, text: str, token_ids: list[int]) -> None:
+        self._http.send(http_worker_of(rid)[0], TextAnswer(rid, text, token_ids))
 
     def _send_error(self, error: RequestError) -> None:
         self._http.send(http_worker_of(error.rid)[0], error)

@@ -21,9 +21,11 @@ from minisgl.messages import (
     AbortRequest,
     DeltaBatch,
     Dispatched,
+    FlushCache,
     GenerateRequest,
     RequestError,
     Shutdown,
+    TextAnswer,
     TokenizedRequest,
     encode,
     make_request_id,
@@ -59,7 +61,7 @@ class Stack:
 
     def __init__(self, model: ModelSpec, **settings: Any) -> None:
         self.wiring = Wiring()
-        self.http = [self.wiring.inbox(f"http-{i}", 1, Dispatched, RequestError) for i in range(2)]
+        self.http = [self.wiring.inbox(f"http-{i}", 1, Dispatched, RequestError, TextAnswer) for i in range(2)]
         self.worker = WorkerProcess(
             self.wiring, self.wiring.spec("tokenizer", model, replicas=2, http_workers=2, **settings)
         )
@@ -67,7 +69,7 @@ class Stack:
             self.worker.announce(inbox, f"http-{index}")
 
     def scheduler(self, index: int, epoch: int = 1) -> Inbox:
-        inbox = self.wiring.inbox(f"scheduler-{index}", epoch, TokenizedRequest, AbortRequest)
+        inbox = self.wiring.inbox(f"scheduler-{index}", epoch, TokenizedRequest, AbortRequest, FlushCache)
         self.worker.announce(inbox, f"scheduler-{index}", epoch)
         return inbox
 
