@@ -12,6 +12,7 @@ import uvicorn
 import uvloop
 
 from minisgl.config import ConfigError, WorkerSpec
+from minisgl.http.acceptor import Acceptor
 from minisgl.http.accounting import Accounts
 from minisgl.http.app import Service, create_app
 from minisgl.http.errors import ApiError
@@ -147,15 +148,25 @@ def _tracer(spec: WorkerSpec) -> RequestTracer | None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers (the launcher handles signals), and with word of when it listens."""
+    """uvicorn with our Acceptor, without its signal handlers (the launcher has them), with word of when it listens."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_listening = on_listening
+        self._acceptors: list[Acceptor] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[])
+        self._acceptors = [Acceptor(sock, self._make_protocol) for sock in sockets or []]
         self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
+        await super().shutdown(sockets=sockets)
+
+    def _make_protocol(self) -> BoundedHttpProtocol:
+        return BoundedHttpProtocol(self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
