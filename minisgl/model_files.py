@@ -165,11 +165,13 @@ def _sampling_defaults(directory: Path) -> dict[str, Any]:
     """The sampling that the model's makers recommend. `do_sample: false` is greedy, and top_k 0 means all tokens."""
     path = directory / "generation_config.json"
     given = read_json(path)
-    values = {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p") if given.get(name) is not None}
+    greedy = given.get("do_sample") is False
+    names = ("repetition_penalty",) if greedy else ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+    values = {name: given[name] for name in names if given.get(name) is not None}
     if values.get("top_k") == 0:
         values["top_k"] = -1
-    if given.get("do_sample") is False:
-        values = {"temperature": 0.0}
+    if greedy:
+        values["temperature"] = 0.0
     try:
         SamplingParams(**values).validate()
     except (InvalidSamplingParams, TypeError) as error:

@@ -66,12 +66,17 @@ def check_sampling(values: JsonObject, model: ModelSpec, names: Mapping[str, str
     """The sampling parameters of a request, with a seed drawn if it has none; raises ApiError.
 
     Args:
-        values: keyword arguments of SamplingParams; `stop` may be a string, and it and `stop_token_ids` null.
+        values: keyword arguments of SamplingParams; `stop` may be a string, `logit_bias` is an object as clients send
+            it, and these and `stop_token_ids` may be null.
         names: what the client calls those fields that its API names differently.
     """
     stop = values.get("stop")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    params = SamplingParams(**{**values, "stop": stops, "stop_token_ids": tuple(values.get("stop_token_ids") or ())})
+    forms = {
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+        "stop_token_ids": tuple(values.get("stop_token_ids") or ()),
+        "logit_bias": _logit_bias(values.get("logit_bias") or {}),
+    }
+    params = SamplingParams(**{**values, **forms})
     try:
         params.validate()
     except InvalidSamplingParams as error:
@@ -80,8 +85,19 @@ def check_sampling(values: JsonObject, model: ModelSpec, names: Mapping[str, str
         param = next((word for word in words if word in fields), None)
         raise ApiError(400, "invalid_value", " ".join(words), param=param) from None
     check_token_ids("stop_token_ids", params.stop_token_ids, model.vocab_size)
+    check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], model.vocab_size)
     # A request may have to be generated again after a worker died; with a seed of its own it comes out the same.
     return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
+
+
+def _logit_bias(biases: JsonObject) -> tuple[tuple[int, float], ...]:
+    """The biases by token id; JSON has them by the id's digits."""
+    for digits, bias in biases.items():
+        is_id = digits.isascii() and digits.isdecimal() and len(digits) <= 10
+        if not is_id or type(bias) not in (int, float):
+            takes = 'logit_bias must map token ids to numbers, such as {"50256": -100}'
+            raise ApiError(400, "invalid_value", takes, param="logit_bias")
+    return tuple((int(digits), float(bias)) for digits, bias in biases.items())
 
 
 def samples(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -15,6 +15,7 @@ from minisgl.http.schemas import (
     MESSAGE_FIELDS,
     NULL,
     NUMBER,
+    OBJECT,
     STRING,
     STRINGS,
     TOKEN_IDS,
@@ -26,6 +27,7 @@ from minisgl.http.schemas import (
 )
 from minisgl.messages import JsonObject
 from minisgl.sampling_params import (
+    MAX_LOGIT_BIASES,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
     SamplingParams,
@@ -114,6 +116,35 @@ SAMPLING_FIELDS = {
         NULL,
         default=None,
         description="token ids that end the text, beside the model's end-of-sequence tokens",
+    ),
+    "frequency_penalty": field(
+        NUMBER,
+        default=_DEFAULTS.frequency_penalty,
+        description="lowers the logit of a token by this much for each time it was generated",
+        minimum=-2,
+        maximum=2,
+    ),
+    "presence_penalty": field(
+        NUMBER,
+        default=_DEFAULTS.presence_penalty,
+        description="lowers the logits of all tokens that were generated",
+        minimum=-2,
+        maximum=2,
+    ),
+    "repetition_penalty": field(
+        NUMBER,
+        default=_DEFAULTS.repetition_penalty,
+        description="makes tokens of the prompt and the answer less likely when above 1, more likely below",
+        exclusiveMinimum=0,
+        maximum=2,
+    ),
+    "logit_bias": field(
+        OBJECT,
+        NULL,
+        default=None,
+        description="what is added to the logits of tokens, by token id: from -100 to 100",
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+        maxProperties=MAX_LOGIT_BIASES,
     ),
     "skip_special_tokens": field(
         BOOLEAN, default=_DEFAULTS.skip_special_tokens, description="leave special tokens out of the text"

@@ -33,6 +33,10 @@ _SAME_NAMES = (
     "ignore_eos",
     "stop",
     "stop_token_ids",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
     "skip_special_tokens",
     "no_stop_trim",
 )
@@ -84,10 +88,6 @@ COMPLETION_FIELDS = _nullable(
 
 _ONLY_NULL: Sequence[Any] = ()
 _HARMLESS: dict[str, Sequence[Any]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "service_tier": ("auto", "default"),

@@ -114,12 +114,8 @@ HARMLESS: dict[str, Sequence[Any]] = {
     ),
 }
 SAMPLING_HARMLESS: dict[str, Sequence[Any]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "spaces_between_special_tokens": (True,),
     "stop_regex": ([],),
-    "logit_bias": ({},),
     **dict.fromkeys(
         ("beam_width", "custom_params", "ebnf", "json_schema", "regex", "stream_interval", "structural_tag"), _ONLY_NULL
     ),

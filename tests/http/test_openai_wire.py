@@ -232,22 +232,30 @@ def test_every_sampling_field_reaches_the_ring(rig: Rig) -> None:
         "ignore_eos": True,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"5": -100, "999": 2.5},
     }
     sampling = sampling_of(rig, CHAT, body).sampling
     assert (sampling.max_new_tokens, sampling.min_new_tokens, sampling.seed) == (9, 2, -3)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 5, 0.1)
     assert (sampling.stop, sampling.stop_token_ids) == (("END", "\n"), (4,))
     assert (sampling.ignore_eos, sampling.skip_special_tokens, sampling.no_stop_trim) == (True, False, True)
+    penalties = (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty)
+    assert penalties == (0.5, -1, 1.1)
+    assert sampling.logit_bias == ((5, -100.0), (999, 2.5))
 
 
 def test_chat_takes_the_models_own_sampling_and_completions_do_not() -> None:
-    with running(sampling_defaults={"temperature": 0.7, "top_k": 20, "top_p": 0.8}) as rig:
+    with running(sampling_defaults={"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}) as rig:
         silent = sampling_of(rig, CHAT, {"messages": HELLO}).sampling
+        assert silent.repetition_penalty == 1.1
         assert (silent.temperature, silent.top_k, silent.top_p, silent.max_new_tokens) == (0.7, 20, 0.8, None)
         spoken = sampling_of(rig, CHAT, {"messages": HELLO, "temperature": 0, "top_p": None}).sampling
         assert (spoken.temperature, spoken.top_k, spoken.top_p) == (0, 20, 0.8)
         text = sampling_of(rig, TEXT, {"prompt": "x"}).sampling
-        assert (text.temperature, text.top_k, text.top_p) == (1.0, -1, 1.0)
+        assert (text.temperature, text.top_k, text.top_p, text.repetition_penalty) == (1.0, -1, 1.0, 1.0)
 
 
 def test_messages_reach_the_template_as_they_are(rig: Rig) -> None:
@@ -295,11 +303,6 @@ def test_values_that_ask_for_nothing_are_taken(rig: Rig, path: str, prompt: dict
     [
         ("logprobs", True),
         ("top_logprobs", 3),
-        ("logit_bias", {"5": 1}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("repetition_penalty", True),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
@@ -339,6 +342,14 @@ WRONG = [
     (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens", "max_tokens"),
     (CHAT, {"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", "differ"),
     (CHAT, {"messages": HELLO, "max_tokens": 3, "min_tokens": 4}, 400, "min_tokens", "max_tokens (3)"),
+    (CHAT, {"messages": HELLO, "frequency_penalty": 3}, 400, "frequency_penalty", "between -2 and 2"),
+    (CHAT, {"messages": HELLO, "repetition_penalty": True}, 400, "repetition_penalty", "number"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"1000": 1}}, 400, "logit_bias", "999"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"-1": 1}}, 400, "logit_bias", "token ids"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "token ids"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"5": "x"}}, 400, "logit_bias", "numbers"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"5": 101}}, 400, "logit_bias", "100"),
+    (CHAT, {"messages": HELLO, "logit_bias": [5]}, 400, "logit_bias", "object"),
     (CHAT, {"messages": HELLO, "n": 0}, 400, "n", "128"),
     (CHAT, {"messages": HELLO, "n": 129}, 400, "n", "128"),
     (CHAT, {"messages": HELLO, "n": 1.0}, 400, "n", "integer"),

@@ -111,6 +111,10 @@ def test_every_sampling_key_reaches_the_ring(rig: Rig) -> None:
         "skip_special_tokens": False,
         "no_stop_trim": True,
         "sampling_seed": 11,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"7": 3},
     }
     connection, (request,) = post(rig, PATH, {"input_ids": [5, 6], "sampling_params": params})
     sampling = request.sampling
@@ -119,6 +123,9 @@ def test_every_sampling_key_reaches_the_ring(rig: Rig) -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 2**30, 0.1)
     assert (sampling.stop, sampling.stop_token_ids) == (("END",), (4,))
     assert (sampling.ignore_eos, sampling.skip_special_tokens, sampling.no_stop_trim) == (True, False, True)
+    penalties = (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty)
+    assert penalties == (0.5, -1, 1.1)
+    assert sampling.logit_bias == ((7, 3.0),)
     rig.answer(request, "x")
     assert connection.getresponse().status == 200
 
@@ -211,7 +218,8 @@ WRONG = [
     ({"text": "x", "sampling_params": {"temperature": -1}}, "temperature", "temperature"),
     ({"text": "x", "sampling_params": {"n": 0}}, "n", "128"),
     ({"text": "x", "sampling_params": {"regex": "a+"}}, "regex", "not supported"),
-    ({"text": "x", "sampling_params": {"frequency_penalty": 1}}, "frequency_penalty", "not supported"),
+    ({"text": "x", "sampling_params": {"presence_penalty": -3}}, "presence_penalty", "between"),
+    ({"text": "x", "sampling_params": {"logit_bias": {"1000": 1}}}, "logit_bias", "999"),
     ({"text": "x", "sampling_params": {"stop_regex": ["a"]}}, "stop_regex", "not supported"),
 ]
 
