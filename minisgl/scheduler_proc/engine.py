@@ -173,7 +173,7 @@ class StepEngine:
             if self.graphs is not None:
                 result = self._launch_fused(plan, self.graphs)
             else:
-                columns = sampling_columns([row for row in plan.rows if row.sample])
+                columns = sampling_columns([row for row in plan.rows if row.sample], self._limits.vocab_size)
                 batch, sampling = make_forward_batch(plan, self.page_size, self._device, columns)
                 logits = self._model.forward(batch, self._attention.begin_step(batch))
                 tokens, finite = sample(logits, SamplingBatch(*sampling))
@@ -191,7 +191,8 @@ class StepEngine:
         def take(rows: list[StepRow], step: StepLogits) -> None:
             tokens, finite = step.tokens, step.finite
             if not always_greedy(rows):
-                tokens, finite = sample(step.logits, SamplingBatch(*to_device(sampling_columns(rows), self._device)))
+                columns = sampling_columns(rows, self._limits.vocab_size)
+                tokens, finite = sample(step.logits, SamplingBatch(*to_device(columns, self._device)))
             results.append(torch.stack((tokens, finite.long())))
 
         graphs.run(plan, take)
@@ -238,8 +239,8 @@ def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRu
 
 
 def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:
-    """A step that computes (start, length) rows, all on the same pages; every row samples with all filters on."""
+    """A step that computes (start, length) rows, all on the same pages; every row samples in the most costly way."""
     longest = max(start + length for start, length in rows)
-    sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=0)
+    sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=0, logit_bias=((0, 1.0),))
     request = Request(0, [0] * longest, longest, sampling, 1, frozenset(), [], pages=pages)
     return StepPlan(0, [StepRow(request, start, length, True) for start, length in rows], decode_rows)

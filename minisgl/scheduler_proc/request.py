@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from minisgl.messages import FinishReason
 from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.adjustments import Adjustments, TokenMask, has_penalties
 from minisgl.scheduler_proc.prefix_cache import Node
 
 
@@ -18,6 +19,7 @@ class Request:
         max_new_tokens: resolved limit (never None, never beyond the context length).
         stop_ids: token ids that end the request: the model's EOS ids unless ignore_eos, and its own stop_token_ids.
         stamps: readings of timeline.STAMPS up to "scheduler_in".
+        token_mask: says which tokens may come next; None when all may.
         scheduled_ns: when the first step of this request was planned; 0 before.
         computed: how many leading tokens have their keys and values in `pages`, counting steps in flight; 0 again
             after a preemption.
@@ -27,6 +29,12 @@ class Request:
         shared: how many leading pages belong to the prefix cache; the others are the request's own.
         cache_node: what this request has locked in the prefix cache; None when it holds no pages.
         finish: why it ended; NONE while it waits or runs.
+        greedy: whether it takes the likeliest of the tokens that may come.
+        takes_likeliest: greedy, and nothing but min_new_tokens changes the model's logits.
+        earliest_stop: position of the first token that may be a stop token.
+        adjustments: its biases and penalties; None when it has none.
+        needs_last_token: whether its next step can be launched only when the host has seen its last token, which masks
+            and penalties depend on.
     """
 
     rid: int
@@ -36,6 +44,7 @@ class Request:
     max_new_tokens: int
     stop_ids: frozenset[int]
     stamps: list[int]
+    token_mask: TokenMask | None = None
     scheduled_ns: int = 0
     computed: int = 0
     pending: int = 0
@@ -44,6 +53,28 @@ class Request:
     shared: int = 0
     cache_node: Node | None = None
     finish: FinishReason = FinishReason.NONE
+    greedy: bool = field(init=False)
+    takes_likeliest: bool = field(init=False)
+    earliest_stop: int = field(init=False)
+    adjustments: Adjustments | None = field(init=False, default=None)
+    needs_last_token: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        self.greedy = sampling.greedy
+        penalties = has_penalties(sampling)
+        self.needs_last_token = penalties or self.token_mask is not None
+        if penalties or sampling.logit_bias:
+            self.adjustments = Adjustments(sampling, self.token_ids, self.max_new_tokens)
+        self.takes_likeliest = self.greedy and self.adjustments is None and self.token_mask is None
+        self.earliest_stop = self.prompt_len + sampling.min_new_tokens
+
+    def observe(self, token_id: int) -> None:
+        """Tell what depends on the last token of the newest one; only needed with `needs_last_token`."""
+        if self.adjustments is not None:
+            self.adjustments.add(token_id)
+        if self.token_mask is not None:
+            self.token_mask.accept(token_id)
 
     @property
     def output_len(self) -> int:

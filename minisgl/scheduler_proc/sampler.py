@@ -1,14 +1,15 @@
 """From logits to token ids, each row by its own parameters.
 
-Order as in sglang: temperature, softmax, top-k, top-p, min-p, draw. A draw is the inverse of the cumulative
-distribution at one uniform number, which is a hash of the request's seed and the token's position: the same request
-draws the same tokens whatever runs beside it, after a preemption, and on any replica.
+Order: logit bias, repetition, frequency and presence penalty, as in vLLM; bans and masks; then, as in sglang,
+temperature, softmax, top-k, top-p, min-p, draw. A draw is the inverse of the cumulative distribution at one uniform
+number, which is a hash of the request's seed and the token's position: the same request draws the same tokens whatever
+runs beside it, after a preemption, and on any replica.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.adjustments import Adjustments
 from minisgl.scheduler_proc.models.forward_batch import Array
 from minisgl.scheduler_proc.request import StepRow
 
@@ -39,6 +41,11 @@ class SamplingBatch:
         temperatures, top_ps, min_ps: float32 [rows].
         top_ks: int32 [rows]; the vocabulary's size or more keeps all.
         banned: int32 [2, bans], pairs of row and token id that must not come.
+        biased, biases: int32 [2, biases] and float32 [biases], what is added to which row's and token's logit.
+        repeated, repetition: likewise, the repetition penalty of each token seen before.
+        generated, lowered: likewise, what is subtracted for each generated token.
+        masked_rows, masks: int32 [masked] and [masked, ceil(vocab / 32)], rows and the tokens that may come there: bit
+            i % 32 of word i // 32 for token i.
     """
 
     plain_rows: torch.Tensor
@@ -49,39 +56,93 @@ class SamplingBatch:
     min_ps: torch.Tensor
     top_ks: torch.Tensor
     banned: torch.Tensor
+    biased: torch.Tensor
+    biases: torch.Tensor
+    repeated: torch.Tensor
+    repetition: torch.Tensor
+    generated: torch.Tensor
+    lowered: torch.Tensor
+    masked_rows: torch.Tensor
+    masks: torch.Tensor
 
 
 def always_greedy(rows: Sequence[StepRow]) -> bool:
-    """Whether every row simply takes its likeliest token."""
-    return all(row.request.sampling.greedy and not _bans(row) for row in rows)
+    """Whether every row simply takes the model's likeliest token."""
+    return all(row.request.takes_likeliest and not _bans(row) for row in rows)
 
 
 def _bans(row: StepRow) -> bool:
     """Whether the row's next token comes too early to be a stop token."""
-    request = row.request
-    return row.start + row.length - request.prompt_len < request.sampling.min_new_tokens
+    return row.start + row.length < row.request.earliest_stop
 
 
-def sampling_columns(rows: Sequence[StepRow]) -> list[Array]:
+def sampling_columns(rows: Sequence[StepRow], vocab_size: int) -> list[Array]:
     """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device."""
-    params = [row.request.sampling for row in rows]
+    requests = [row.request for row in rows]
+    params = [request.sampling for request in requests]
     positions = [row.start + row.length for row in rows]
-    seeds = [p.seed if p.seed is not None else row.request.rid for p, row in zip(params, rows, strict=True)]
-    filtered = [index for index, p in enumerate(params) if not p.greedy and _filters(p)]
-    plain = [index for index, p in enumerate(params) if not p.greedy and not _filters(p)]
+    seeds = [p.seed if p.seed is not None else request.rid for p, request in zip(params, requests, strict=True)]
+    drawn = [index for index, request in enumerate(requests) if not request.greedy]
     banned = [
-        (index, token_id) for index, row in enumerate(rows) if _bans(row) for token_id in sorted(row.request.stop_ids)
+        (index, token_id)
+        for index, row in enumerate(rows)
+        if _bans(row) and row.request.token_mask is None
+        for token_id in sorted(row.request.stop_ids)
     ]
     return [
-        np.array(plain, np.int32),
-        np.array(filtered, np.int32),
+        np.array([index for index in drawn if not _filters(params[index])], np.int32),
+        np.array([index for index in drawn if _filters(params[index])], np.int32),
         random_bits(seeds, positions),
         np.array([p.temperature for p in params], np.float32),
         np.array([p.top_p for p in params], np.float32),
         np.array([p.min_p for p in params], np.float32),
         np.array([p.top_k if p.top_k > 0 else 2**31 - 1 for p in params], np.int32),
         np.array(banned, np.int32).reshape(-1, 2).T.copy(),
+        *_adjustment_columns([(index, r.adjustments) for index, r in enumerate(requests) if r.adjustments is not None]),
+        *_mask_columns([(index, row) for index, row in enumerate(rows) if row.request.token_mask], vocab_size),
     ]
+
+
+def _adjustment_columns(adjusted: Sequence[tuple[int, Adjustments]]) -> list[Array]:
+    """`biased` to `lowered` of SamplingBatch, from pairs of row and what is adjusted there."""
+    biased = [_pairs(row, a.bias_ids) for row, a in adjusted]
+    repeated = [_pairs(row, a.seen) for row, a in adjusted]
+    repetition = [np.full(len(a.seen), a.repetition_penalty, np.float32) for _, a in adjusted]
+    generated = [_pairs(row, a.generated) for row, a in adjusted]
+    no_pairs, no_values = np.zeros((2, 0), np.int32), np.zeros(0, np.float32)
+    return [
+        np.concatenate([no_pairs, *biased], axis=1),
+        np.concatenate([no_values, *(a.biases for _, a in adjusted)]),
+        np.concatenate([no_pairs, *repeated], axis=1),
+        np.concatenate([no_values, *repetition]),
+        np.concatenate([no_pairs, *generated], axis=1),
+        np.concatenate([no_values, *(a.lowered for _, a in adjusted)]),
+    ]
+
+
+def _pairs(row: int, token_ids: Array) -> Array:
+    return np.stack((np.full_like(token_ids, row), token_ids))
+
+
+def _mask_columns(masked: Sequence[tuple[int, StepRow]], vocab_size: int) -> list[Array]:
+    """`masked_rows` and `masks` of SamplingBatch, from pairs of row index and row."""
+    masks = np.zeros((len(masked), -(-vocab_size // 32)), np.int32)
+    for mask, (_, row) in zip(masks, masked, strict=True):
+        if row.request.token_mask is not None:
+            row.request.token_mask.fill(mask)
+        if _bans(row):
+            _withdraw(mask, row.request.stop_ids)
+    return [np.array([index for index, _ in masked], np.int32), masks]
+
+
+def _withdraw(mask: Array, token_ids: Iterable[int]) -> None:
+    """Forbid tokens in a bit mask, unless nothing else is allowed: then the grammar leaves no choice."""
+    before = mask.copy()
+    words = mask.view(np.uint32)
+    for token_id in token_ids:
+        words[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
+    if not mask.any():
+        mask[:] = before
 
 
 def _filters(params: SamplingParams) -> bool:
@@ -115,20 +176,46 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, to
     NaN counts as the least likely logit and infinities as the largest finite numbers, so that any logits give a token.
 
     Args:
-        logits: [rows, vocab], any float dtype; banned entries are overwritten.
+        logits: [rows, vocab], any float dtype.
 
     Returns:
         Token ids int64 [rows], each in 0 .. vocab - 1, and bool [rows]: whether the row's largest logit was finite.
     """
-    if batch.banned.shape[1]:
-        logits[batch.banned[0], batch.banned[1]] = float("-inf")
+    logits = adjust(logits, batch)
     tokens, best = _largest(logits)
-    # Few rows at a time stay in a CPU's cache from one operation to the next; a GPU's memory is only to be bounded.
-    rows_at_once = 4 if logits.device.type == "cpu" else 64
     for sampled, choose in ((batch.plain_rows, _sample_plain), (batch.filtered_rows, _sample_filtered)):
-        for rows in torch.split(sampled, rows_at_once) if len(sampled) else ():
+        for rows in torch.split(sampled, _rows_at_once(logits)) if len(sampled) else ():
             tokens[rows] = choose(logits, batch, rows)
     return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
+
+
+def _rows_at_once(logits: torch.Tensor) -> int:
+    # Few rows at a time stay in a CPU's cache from one operation to the next; a GPU's memory is only to be bounded.
+    return 4 if logits.device.type == "cpu" else 64
+
+
+def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Float32 logits after biases, penalties, bans and masks; `logits` itself where there are none.
+
+    The repetition penalty is that of Keskar et al. 2019, "CTRL", as transformers has it: positive logits are divided by
+    it and negative ones multiplied.
+    """
+    biased, repeated, generated, banned = batch.biased, batch.repeated, batch.generated, batch.banned
+    if not (biased.numel() or repeated.numel() or generated.numel() or banned.numel() or batch.masks.numel()):
+        return logits
+    # A small bias would be lost in bfloat16; and log probabilities are taken of the model's own logits later.
+    logits = logits.to(torch.float32, copy=True)
+    logits[biased[0], biased[1]] += batch.biases
+    repeats = logits[repeated[0], repeated[1]]
+    logits[repeated[0], repeated[1]] = torch.where(repeats > 0, repeats / batch.repetition, repeats * batch.repetition)
+    logits[generated[0], generated[1]] -= batch.lowered
+    logits[banned[0], banned[1]] = float("-inf")
+    at_once = _rows_at_once(logits)
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    for rows, masks in zip(torch.split(batch.masked_rows, at_once), torch.split(batch.masks, at_once), strict=True):
+        allowed = (masks.view(torch.uint8)[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]]
+        logits[rows] = logits[rows].masked_fill_(allowed == 0, float("-inf"))
+    return logits
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

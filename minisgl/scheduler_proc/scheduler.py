@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from minisgl import timeline
 from minisgl.messages import FinishReason, RequestError, TokenizedRequest
 from minisgl.sampling_params import InvalidSamplingParams
+from minisgl.scheduler_proc.adjustments import TokenMask
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
@@ -100,11 +101,17 @@ class Scheduler:
 
     # ---- requests come and go ----
 
-    def submit(self, message: TokenizedRequest) -> RequestError | None:
-        """Queue a request, or say why it can never run. A request id that is already in use is ignored."""
+    def submit(self, message: TokenizedRequest, token_mask: TokenMask | None = None) -> RequestError | None:
+        """Queue a request, or say why it can never run. A request id that is already in use is ignored.
+
+        Args:
+            token_mask: enforces the request's grammar, if it has one.
+        """
         if message.rid in self._requests:
             return None
         problem = self._problem_with(message)
+        if problem is None and message.sampling.grammar is not None and token_mask is None:
+            problem = "invalid_request", "structured output is not available here; leave the grammar out"
         if problem is not None:
             return RequestError(message.rid, 400, *problem)
         sampling, limits = message.sampling, self.limits
@@ -118,6 +125,7 @@ class Scheduler:
             max_new_tokens=sampling.max_new_tokens or self._token_limit() - prompt_len,
             stop_ids=stop_ids if sampling.ignore_eos else stop_ids | limits.eos_ids,
             stamps=message.stamps,
+            token_mask=token_mask,
         )
         self._requests[request.rid] = request
         self._waiting.append(request)
@@ -174,10 +182,13 @@ class Scheduler:
             if request.finish:
                 continue
             request.token_ids.append(token)
+            if request.needs_last_token:
+                request.observe(token)
             output_len = len(request.token_ids) - request.prompt_len
             if output_len == 1:
                 sampled.opened.append(request)
-            if token in request.stop_ids and output_len > request.sampling.min_new_tokens:
+            # A mask allows a stop token early only when nothing else may come.
+            if token in request.stop_ids and (output_len > request.sampling.min_new_tokens or request.token_mask):
                 finish = FinishReason.STOP
             elif output_len >= request.max_new_tokens:
                 finish = FinishReason.LENGTH
@@ -210,6 +221,8 @@ class Scheduler:
             known = len(request.token_ids) + request.pending
             position = request.computed
             if position + 1 != known or known - request.prompt_len >= request.max_new_tokens:
+                continue
+            if request.pending and request.needs_last_token:
                 continue
             if position == len(request.pages) * page_size and not self._grow(request):
                 continue
@@ -359,6 +372,9 @@ class Scheduler:
             message.sampling.validate()
         except InvalidSamplingParams as error:
             return "invalid_request", str(error)
+        foreign = next((token_id for token_id, _ in message.sampling.logit_bias if token_id >= vocab_size), None)
+        if foreign is not None:
+            return "invalid_request", f"logit_bias names token id {foreign}, which is not in the vocabulary"
         wanted = prompt_len + (asked or 1)
         if wanted <= self._token_limit():
             return None

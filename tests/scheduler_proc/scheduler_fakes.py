@@ -31,12 +31,18 @@ def next_token(token_ids: list[int], banned: frozenset[int] = frozenset()) -> in
 
 
 def undisturbed(prompt: list[int], sampling: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
-    """What a request answers when it runs alone; `limit` stands in for max_new_tokens None."""
+    """What a request answers when it runs alone; `limit` stands in for max_new_tokens None.
+
+    With a presence penalty the fake engine generates no token twice.
+    """
     token_ids = list(prompt)
     stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else {EOS})
     while True:
         produced = len(token_ids) - len(prompt)
-        token_ids.append(next_token(token_ids, stop_ids if produced < sampling.min_new_tokens else frozenset()))
+        banned = stop_ids if produced < sampling.min_new_tokens else frozenset[int]()
+        if sampling.presence_penalty:
+            banned |= frozenset(token_ids[len(prompt) :])
+        token_ids.append(next_token(token_ids, banned))
         if token_ids[-1] in stop_ids:
             return token_ids[len(prompt) :], FinishReason.STOP
         if produced + 1 == (sampling.max_new_tokens or limit):
@@ -55,6 +61,7 @@ class _LaunchedRow:
     prompt_len: int
     min_new_tokens: int
     stop_ids: frozenset[int]
+    penalised: frozenset[int]
 
 
 class FakeEngine:
@@ -112,6 +119,7 @@ class FakeEngine:
                     request.prompt_len,
                     request.sampling.min_new_tokens,
                     request.stop_ids,
+                    frozenset(request.adjustments.generated.tolist() if request.adjustments else ()),
                 )
             )
         self._in_flight.append(readers)
@@ -132,7 +140,7 @@ class FakeEngine:
                 end = row.start + len(tokens)
                 known = [self._memory[row.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
                 banned = row.stop_ids if end - row.prompt_len < row.min_new_tokens else frozenset[int]()
-                self._last_sampled[row.rid] = next_token(known, banned)
+                self._last_sampled[row.rid] = next_token(known, banned | row.penalised)
                 sampled.append(self._last_sampled[row.rid])
         return sampled
 

@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.adjustments import TokenMask
 from minisgl.scheduler_proc.models.forward_batch import to_device
 from minisgl.scheduler_proc.request import Request, StepRow
-from minisgl.scheduler_proc.sampler import CPU_CANDIDATES, SamplingBatch, random_bits, sample, sampling_columns
+from minisgl.scheduler_proc.sampler import (
+    CPU_CANDIDATES,
+    SamplingBatch,
+    adjust,
+    always_greedy,
+    random_bits,
+    sample,
+    sampling_columns,
+)
 
 Row = tuple[int, SamplingParams]
 """The position of the token to be sampled, and how."""
@@ -24,7 +33,7 @@ def batch_of(rows: Sequence[Row], stop_ids: frozenset[int] = frozenset(), prompt
         StepRow(Request(9, [0] * position, prompt_len, params, 1, stop_ids, []), position - 1, 1, True)
         for position, params in rows
     ]
-    return SamplingBatch(*to_device(sampling_columns(step_rows), torch.device("cpu")))
+    return SamplingBatch(*to_device(sampling_columns(step_rows, len(LOGITS)), torch.device("cpu")))
 
 
 def draw(logits: torch.Tensor, rows: Sequence[Row], **options: Any) -> list[int]:
@@ -183,3 +192,139 @@ def test_one_nan_does_not_disturb_the_other_tokens_or_rows() -> None:
     assert draw(spoilt, rows) == draw(without, rows)
     mixed = torch.stack((LOGITS, torch.full((6,), math.nan)))
     assert draw(mixed, rows[:2])[0] == draw(LOGITS, rows[:1])[0]
+
+
+# ---- biases, penalties and masks ----
+
+VOCAB_SIZE = 77
+
+
+def asking(prompt: list[int], answer: list[int], mask: TokenMask | None = None, **fields: Any) -> StepRow:
+    """A row that samples the token after `answer`."""
+    params = SamplingParams(**{"temperature": 0.0, "seed": 3, **fields})
+    request = Request(9, list(prompt), len(prompt), params, 50, frozenset({1, 5}), [], mask)
+    for token_id in answer:
+        request.token_ids.append(token_id)
+        if request.needs_last_token:
+            request.observe(token_id)
+    return StepRow(request, len(request.token_ids) - 1, 1, True)
+
+
+def device_batch(rows: list[StepRow]) -> SamplingBatch:
+    return SamplingBatch(*to_device(sampling_columns(rows, VOCAB_SIZE), torch.device("cpu")))
+
+
+def history(seed: int) -> tuple[list[int], list[int]]:
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, VOCAB_SIZE, 30).tolist(), generator.integers(0, VOCAB_SIZE, 20).tolist()
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    torch.manual_seed(1)
+    penalties = [1.3, 0.7, 2.0, 1.0]
+    rows = [asking(*history(seed), repetition_penalty=penalty) for seed, penalty in enumerate(penalties)]
+    logits = torch.randn(len(rows), VOCAB_SIZE) * 4
+    logits[0, 0] = 0.0
+    found = adjust(logits, device_batch(rows))
+    for row, penalty, before, after in zip(rows, penalties, logits, found, strict=True):
+        ids = torch.tensor([row.request.token_ids])
+        assert torch.equal(after, RepetitionPenaltyLogitsProcessor(penalty)(ids, before[None].clone())[0])
+
+
+def test_frequency_and_presence_count_the_answer_alone() -> None:
+    torch.manual_seed(2)
+    prompt, answer = history(5)
+    counts = torch.bincount(torch.tensor(answer), minlength=VOCAB_SIZE).float()
+    assert counts.max() > 1 and set(prompt) - set(answer)
+    cases = [(0.3, 0.0), (0.0, 0.5), (-0.25, 1.5), (0.0, 0.0)]
+    rows = [asking(prompt, answer, frequency_penalty=f, presence_penalty=p) for f, p in cases]
+    logits = torch.randn(len(rows), VOCAB_SIZE).to(torch.bfloat16)
+    found = adjust(logits, device_batch(rows))
+    for (frequency, presence), before, after in zip(cases, logits.float(), found, strict=True):
+        assert torch.allclose(after, before - frequency * counts - presence * (counts > 0), atol=1e-6)
+
+
+def test_everything_together_goes_in_the_documented_order() -> None:
+    torch.manual_seed(3)
+    prompt, answer = history(6)
+    bias = ((answer[0], 4.0), (prompt[0], -3.0), (76, 100.0))
+    fields = {"repetition_penalty": 1.5, "frequency_penalty": 0.2, "presence_penalty": 0.1, "logit_bias": bias}
+    rows = [asking([1], [2]), asking(prompt, answer, min_new_tokens=40, **fields), asking([1], [2])]
+    logits = torch.randn(3, VOCAB_SIZE) * 3
+    untouched = logits.clone()
+    found = adjust(logits, device_batch(rows))
+    expected = logits[1].clone()
+    for token_id, value in bias:
+        expected[token_id] += value
+    for token_id in {*prompt, *answer}:
+        expected[token_id] = expected[token_id] / 1.5 if expected[token_id] > 0 else expected[token_id] * 1.5
+    for token_id in set(answer):
+        expected[token_id] -= 0.2 * answer.count(token_id) + 0.1
+    expected[[1, 5]] = -math.inf
+    assert torch.allclose(found[1], expected, atol=1e-5)
+    assert torch.equal(found[[0, 2]], logits[[0, 2]])
+    assert torch.equal(logits, untouched), "log probabilities need the model's own logits"
+    assert adjust(logits, device_batch([rows[0]])) is logits
+
+
+class SomeTokens:
+    """A TokenMask that always allows the same tokens."""
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = token_ids
+        self.accepted: list[int] = []
+
+    def fill(self, row: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        row[:] = 0
+        for token_id in self.token_ids:
+            row.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_masks_leave_only_what_they_allow_and_touch_no_other_row() -> None:
+    torch.manual_seed(4)
+    allowed = [(0, 31, 32, 63, 64, 76), (76,), (31,), (1, 40), tuple(range(VOCAB_SIZE))]
+    rows = [asking([1], [], None, temperature=t, seed=s) for s, t in enumerate((0.0, 1.0))] * 3
+    rows[1:1] = [
+        asking([1], [], SomeTokens(*tokens), temperature=temperature, top_p=top_p, seed=seed)
+        for tokens in allowed
+        for temperature, top_p in ((0.0, 1.0), (2.0, 1.0), (2.0, 0.9))
+        for seed in range(3)
+    ]
+    logits = torch.randn(len(rows), VOCAB_SIZE)
+    found = adjust(logits, device_batch(rows))
+    tokens, finite = sample(logits, device_batch(rows))
+    assert finite.all()
+    for row, before, after, token in zip(rows, logits, found, tokens.tolist(), strict=True):
+        mask = row.request.token_mask
+        if mask is None:
+            assert torch.equal(before, after)
+            continue
+        assert isinstance(mask, SomeTokens)
+        assert torch.isfinite(after).nonzero().flatten().tolist() == list(mask.token_ids)
+        assert token in mask.token_ids
+        if row.request.greedy:
+            assert token == max(mask.token_ids, key=lambda token_id: float(before[token_id]))
+
+
+def test_an_early_stop_token_comes_only_when_a_mask_allows_nothing_else() -> None:
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, 5] = 9.0
+    rows = [asking([1], [], SomeTokens(*tokens), min_new_tokens=3) for tokens in ((1, 5, 8), (1, 5))]
+    assert sample(logits, device_batch(rows))[0].tolist() == [8, 5]
+
+
+def test_only_plain_greedy_rows_skip_the_sampler() -> None:
+    assert always_greedy([asking([1], [2]), asking([1], [2, 3], min_new_tokens=2)])
+    for row in (
+        asking([1], [2], min_new_tokens=2),
+        asking([1], [2], temperature=1.0),
+        asking([1], [2], SomeTokens(3)),
+        asking([1], [2], logit_bias=((3, 1.0),)),
+        asking([1], [2], presence_penalty=0.1),
+    ):
+        assert not always_greedy([asking([1], [2]), row])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_fakes import EOS, FakeEngine, make_scheduler, tokenized, undisturbed
+from scheduler_fakes import EOS, VOCAB_SIZE, FakeEngine, make_scheduler, tokenized, undisturbed
 
 from minisgl.messages import FinishReason, TokenizedRequest
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import Grammar, SamplingParams
 from minisgl.scheduler_proc.request import StepPlan
 from minisgl.scheduler_proc.scheduler import SampledTokens, Scheduler
 
@@ -337,3 +337,51 @@ def run(scheduler: Scheduler, engine: FakeEngine, message: TokenizedRequest) -> 
     """One request alone, to its end; its tokens."""
     assert scheduler.submit(message) is None
     return run_out(scheduler, engine)[message.rid][0]
+
+
+def test_who_needs_the_last_token_waits_for_it_while_others_run_ahead() -> None:
+    scheduler, engine = make_scheduler()
+    scheduler.submit(tokenized(1, [5], **ENDLESS))
+    scheduler.submit(tokenized(2, [6], presence_penalty=1.0, **ENDLESS))
+    in_flight = []
+    planned = []
+    for _ in range(5):
+        plan = scheduler.plan()
+        assert plan is not None
+        planned.append([row.request.rid for row in plan.rows])
+        in_flight.append((plan, engine.launch(plan)))
+        if len(in_flight) > 1:
+            plan, launched = in_flight.pop(0)
+            scheduler.retire(plan, engine.retire(launched))
+    assert planned == [[1, 2], [1], [1, 2], [1], [1, 2]]
+
+
+def test_a_token_mask_sees_every_token_and_a_grammar_without_one_is_refused() -> None:
+    class Mask:
+        def __init__(self) -> None:
+            self.accepted: list[int] = []
+
+        def fill(self, row: object) -> None:
+            raise AssertionError("the fake engine samples without it")
+
+        def accept(self, token_id: int) -> None:
+            self.accepted.append(token_id)
+
+    scheduler, engine = make_scheduler(num_pages=6, page_size=2)
+    mask = Mask()
+    scheduler.submit(tokenized(1, [5, 6], max_new_tokens=6))
+    scheduler.submit(tokenized(2, [7, 8], max_new_tokens=6, grammar=Grammar("json_object", "")), mask)
+    answers = run_out(scheduler, engine)
+    assert scheduler.preemptions > 0
+    assert mask.accepted == answers[2][0] == undisturbed([7, 8], SamplingParams(max_new_tokens=6), 6)[0]
+    refusal = scheduler.submit(tokenized(3, [7], max_new_tokens=4, grammar=Grammar("json_object", "")))
+    assert refusal is not None and "structured output" in refusal.message
+
+
+def test_a_bias_for_a_token_that_is_none_is_refused() -> None:
+    scheduler, _ = make_scheduler()
+    assert scheduler.submit(tokenized(1, [5], max_new_tokens=4, logit_bias=((VOCAB_SIZE - 1, 1.0),))) is None
+    refusal = scheduler.submit(tokenized(2, [5], max_new_tokens=4, logit_bias=((VOCAB_SIZE, 1.0),)))
+    assert (
+        refusal is not None and refusal.status == 400 and f"logit_bias names token id {VOCAB_SIZE}" in refusal.message
+    )

@@ -24,6 +24,7 @@ SAMPLING = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "stop_token_ids": st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=3).map(tuple),
         "min_new_tokens": st.sampled_from([0, 0, 1, 5]),
+        "presence_penalty": st.sampled_from([0.0, 1.0]),
     }
 )
 
