@@ -66,9 +66,9 @@ _FINISH_REASONS = tuple(FinishReason)
 
 
 def _finish_column(data: Any) -> list[FinishReason]:
-    if type(data) is not bytes or any(code > FinishReason.ABORT for code in data):
+    if type(data) is not bytes or (data and max(data) >= len(_FINISH_REASONS)):
         raise MalformedMessage("expected a column of finish reasons")
-    return [_FINISH_REASONS[code] for code in data]
+    return list(map(_FINISH_REASONS.__getitem__, data))
 
 
 _sampling_fields = attrgetter(*(spec.name for spec in fields(SamplingParams)))

@@ -58,7 +58,10 @@ def check_ints(value: Any) -> list[int]:
 
 
 def check_strs(value: Any) -> list[str]:
-    return [check_str(item) for item in check_list(value)]
+    items = check_list(value)
+    if not {str}.issuperset(map(type, items)):
+        raise MalformedMessage("expected a list of strings")
+    return items
 
 
 def check_optional(check: Callable[[Any], Any], value: Any) -> Any:
@@ -108,7 +111,7 @@ def unpack_float32(data: Any) -> list[float]:
 
 def check_blobs(value: Any) -> list[bytes]:
     blobs = check_list(value)
-    if not all(type(blob) is bytes for blob in blobs):
+    if not {bytes}.issuperset(map(type, blobs)):
         raise MalformedMessage("expected a list of byte strings")
     return blobs
 
