@@ -11,19 +11,21 @@ from typing import Any, TypeAlias
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 import minisgl
 from minisgl.config import WorkerSpec
-from minisgl.http import api_docs, compat_docs, info, native, openai, page, sglang
+from minisgl.http import admin, api_docs, compat_docs, info, native, openai, page, sglang, text_tools
 from minisgl.http.accounting import Accounts, Call
 from minisgl.http.answers import Stream
 from minisgl.http.errors import ApiError, json_response
 from minisgl.http.generation import Caller, Generation
 from minisgl.http.health import HealthView
 from minisgl.http.metrics import MEDIA_TYPE, ServerMetrics
+from minisgl.http.neighbours import Neighbours
 from minisgl.http.protocol import Edge, Ingress, ingress_of
+from minisgl.http.questions import Questions
 from minisgl.http.schemas import parse_object
 from minisgl.http.security import Gate
 from minisgl.http.streaming import Streams
@@ -42,6 +44,8 @@ class Service:
 
     spec: WorkerSpec
     streams: Streams
+    questions: Questions
+    neighbours: Neighbours
     accounts: Accounts
     health: HealthView
     uploads: set[Ingress] = field(default_factory=set)
@@ -78,15 +82,22 @@ def create_app(service: Service) -> ASGIApp:
     async def server_info() -> Response:
         return json_response(200, info.server_info(service.spec, service.health))
 
-    async def flush_cache() -> Response:
-        if service.spec.config.disable_radix_cache:
-            return PlainTextResponse("Nothing to flush: the server keeps no prefix cache.\n")
-        unable = "The prefix cache cannot be flushed yet; --disable-radix-cache starts the server without one.\n"
-        return PlainTextResponse(unable, 400)
+    async def tokenize(request: Request) -> Response:
+        body, caller = await _read_object(service, request)
+        return json_response(200, await text_tools.tokenize(body, caller, service.questions))
+
+    async def detokenize(request: Request) -> Response:
+        body, caller = await _read_object(service, request)
+        return json_response(200, await text_tools.detokenize(body, caller, service.questions))
+
+    async def flush_cache(request: Request) -> Response:
+        return await admin.flush_cache(service.spec.config, service.questions, request.query_params)
 
     async def abort_request(request: Request) -> Response:
-        raw = await _read_body(service, request, ingress_of(request.scope))
-        service.streams.abort_named(sglang.read_abort(parse_object(raw)))
+        body, _ = await _read_object(service, request)
+        name = sglang.read_abort(body)
+        service.streams.abort_named(name)
+        service.neighbours.abort_named(name)
         return Response(status_code=200)
 
     async def health() -> Response:
@@ -115,6 +126,10 @@ def create_app(service: Service) -> ASGIApp:
     add("/get_server_info", server_info, methods=["GET"], response_model=None, **compat_docs.SERVER_INFO)
     add("/health_generate", health, methods=["GET"], response_model=None, **api_docs.HEALTH)
     add("/flush_cache", flush_cache, methods=["GET", "POST"], response_model=None, **compat_docs.FLUSH_CACHE)
+    add("/reset_prefix_cache", flush_cache, methods=["POST"], response_model=None, **compat_docs.FLUSH_CACHE)
+    for prefix in ("", "/v1"):
+        add(f"{prefix}/tokenize", tokenize, methods=["POST"], response_model=None, **compat_docs.TOKENIZE)
+        add(f"{prefix}/detokenize", detokenize, methods=["POST"], response_model=None, **compat_docs.DETOKENIZE)
     add("/abort_request", abort_request, methods=["POST"], response_model=None, **compat_docs.ABORT)
     add("/v1/chat/completions", chat_completions, methods=["POST"], response_model=None, **compat_docs.CHAT)
     add("/v1/completions", completions, methods=["POST"], response_model=None, **compat_docs.COMPLETIONS)
@@ -138,8 +153,7 @@ async def _generate(service: Service, request: Request, read: Read) -> Response:
     try:
         raw = await _read_body(service, request, ingress)
         service.streams.check_admission()
-        sse = "text/event-stream" in request.headers.get("accept", "")
-        generation = read(parse_object(raw), Caller(service.spec.model, ingress.request_id, sse))
+        generation = read(parse_object(raw), _caller(service, request))
         if len(generation.asks) > 1:
             service.streams.check_admission(len(generation.asks))
             generation.check_size(len(raw))
@@ -166,10 +180,24 @@ def _streams(generation: Generation, call: Call, writer: ResponseWriter) -> list
             sampling=ask.sampling,
             name=ask.name,
             index=index,
+            template=ask.template,
+            grammar_field=ask.grammar_field,
+            reads_only=ask.reads_only,
             steps_ns=[] if ask.keep_steps else None,
         )
         for index, ask in enumerate(generation.asks)
     ]
+
+
+async def _read_object(service: Service, request: Request) -> tuple[JsonObject, Caller]:
+    """The JSON object in the body of a request that is no generation, and who asks."""
+    raw = await _read_body(service, request, ingress_of(request.scope))
+    return parse_object(raw), _caller(service, request)
+
+
+def _caller(service: Service, request: Request) -> Caller:
+    sse = "text/event-stream" in request.headers.get("accept", "")
+    return Caller(service.spec.model, ingress_of(request.scope).request_id, sse)
 
 
 async def _read_body(service: Service, request: Request, ingress: Ingress) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minisgl.http import api_docs, sglang
+from minisgl.http import admin, api_docs, sglang, text_tools
 from minisgl.http.openai_fields import CHAT_FIELDS, CHAT_HARMLESS, COMPLETION_FIELDS, COMPLETION_HARMLESS
 from minisgl.http.schemas import Field, object_schema
 from minisgl.messages import JsonObject
@@ -91,11 +91,84 @@ SERVER_INFO: dict[str, Any] = {
     "summary": "The server's settings and the state of its schedulers",
     "responses": {200: _response(_ANY_OBJECT, "the settings")},
 }
+_NO_ANSWER = {503: _FAILURES[503] | {"description": "a worker died, or gave no answer in time; try again"}}
 FLUSH_CACHE: dict[str, Any] = {
     "summary": "Forget cached prompts",
+    "openapi_extra": {
+        "parameters": [
+            {
+                "name": "timeout",
+                "in": "query",
+                "description": "seconds to wait for running requests to end",
+                "schema": {"type": "number", "minimum": 0, "maximum": admin.MAX_WAIT_SECONDS, "default": 0},
+            }
+        ]
+    },
     "responses": {
         200: _response(_ANY_STRING, "there is none any more", "text/plain"),
-        400: _response(_ANY_STRING, "they cannot be forgotten; the text says why", "text/plain"),
+        400: {
+            "description": "requests are running or waiting, so nothing was forgotten; or the timeout is wrong",
+            "content": {"text/plain": {"schema": _ANY_STRING}, **_FAILURES[400]["content"]},
+        },
+        **_NO_ANSWER,
+    },
+}
+_INTEGERS: JsonObject = {"type": "array", "items": {"type": "integer"}}
+
+
+def _one_or_several(schema: JsonObject) -> JsonObject:
+    return {"anyOf": [schema, {"type": "array", "items": schema}]}
+
+
+def _either(one: str, other: str) -> list[JsonObject]:
+    return [
+        {"required": [name], "properties": {name: {"not": {"type": "null"}}, without: {"type": "null"}}}
+        for name, without in ((one, other), (other, one))
+    ]
+
+
+def _answer(**properties: JsonObject) -> JsonObject:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+TOKENIZE: dict[str, Any] = {
+    "summary": "The token ids of a text or chat (sglang's and vLLM's API)",
+    "openapi_extra": _body(
+        _schema(
+            text_tools.TOKENIZE_FIELDS,
+            text_tools.TOKENIZE_HARMLESS,
+            description="exactly one of `prompt` and `messages`",
+            oneOf=_either("prompt", "messages"),
+        ),
+        {"prompt": "Once upon a time"},
+    ),
+    "responses": {
+        200: _response(
+            _answer(
+                tokens=_one_or_several(_INTEGERS),
+                count=_one_or_several({"type": "integer"}),
+                max_model_len={"type": "integer"},
+                token_strs={"type": "null"},
+            ),
+            "the token ids; a list of several prompts is answered by lists",
+        ),
+        404: _FAILURES[400] | {"description": "another model is asked for"},
+        **_FAILURES,
+    },
+}
+DETOKENIZE: dict[str, Any] = {
+    "summary": "The text of token ids (sglang's and vLLM's API)",
+    "openapi_extra": _body(
+        _schema(text_tools.DETOKENIZE_FIELDS, {}, required=["tokens"]),
+        {"tokens": [1, 2, 3]},
+    ),
+    "responses": {
+        200: _response(
+            _answer(text=_one_or_several(_ANY_STRING), prompt=_one_or_several(_ANY_STRING)),
+            "the text, under sglang's name for it and under vLLM's",
+        ),
+        404: _FAILURES[400] | {"description": "another model is asked for"},
+        **_FAILURES,
     },
 }
 ABORT: dict[str, Any] = {

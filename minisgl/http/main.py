@@ -17,9 +17,13 @@ from minisgl.http.accounting import Accounts
 from minisgl.http.app import Service, create_app
 from minisgl.http.errors import ApiError
 from minisgl.http.health import HealthView
+from minisgl.http.neighbours import Neighbours
 from minisgl.http.protocol import BoundedHttpProtocol
+from minisgl.http.questions import Questions
 from minisgl.http.streaming import Streams
 from minisgl.messages import (
+    AbortNamed,
+    CacheFlushed,
     DeltaBatch,
     Dispatched,
     Drain,
@@ -27,6 +31,7 @@ from minisgl.messages import (
     Message,
     RequestError,
     Shutdown,
+    TextAnswer,
     WorkerDown,
     WorkerUp,
 )
@@ -39,7 +44,7 @@ TICK_SECONDS = 0.1
 
 
 def main(worker: Worker) -> None:
-    worker.open_inbox(DeltaBatch, RequestError, Dispatched, Health, Drain)
+    worker.open_inbox(DeltaBatch, RequestError, Dispatched, TextAnswer, CacheFlushed, AbortNamed, Health, Drain)
     uvloop.run(HttpProcess(worker).run())
 
 
@@ -51,9 +56,13 @@ class HttpProcess:
         self._accounts = Accounts()
         self._tracer = _tracer(worker.spec)
         self._streams = Streams(worker.spec, self._tracer)
+        self._questions = Questions(worker.spec)
+        self._neighbours = Neighbours(worker.spec)
         self._health = HealthView()
         self._crash: Exception | None = None
-        self._service = Service(worker.spec, self._streams, self._accounts, self._health)
+        self._service = Service(
+            worker.spec, self._streams, self._questions, self._neighbours, self._accounts, self._health
+        )
         config = uvicorn.Config(
             create_app(self._service),
             http=BoundedHttpProtocol,
@@ -82,6 +91,8 @@ class HttpProcess:
         finally:
             self._worker.inbox.detach(loop)
             self._streams.shut()
+            self._questions.close()
+            self._neighbours.close()
             if self._tracer is not None:
                 self._tracer.close()
         if self._crash is not None:
@@ -113,13 +124,22 @@ class HttpProcess:
         if isinstance(message, DeltaBatch):
             self._streams.take_deltas(message)
         elif isinstance(message, RequestError):
-            self._streams.take_error(message)
+            if not self._questions.take_error(message):
+                self._streams.take_error(message)
         elif isinstance(message, Dispatched):
             self._streams.take_dispatched(message)
         elif isinstance(message, WorkerUp):
-            self._streams.worker_up(message)
+            for part in (self._streams, self._questions, self._neighbours):
+                part.worker_up(message)
         elif isinstance(message, WorkerDown):
-            self._streams.worker_down(message)
+            for part in (self._streams, self._questions, self._neighbours):
+                part.worker_down(message)
+        elif isinstance(message, TextAnswer):
+            self._questions.take_answer(message)
+        elif isinstance(message, CacheFlushed):
+            self._questions.take_flushed(message)
+        elif isinstance(message, AbortNamed):
+            self._streams.abort_named(message.name or None)
         elif isinstance(message, Health):
             self._health.take(message)
         elif isinstance(message, Drain):
@@ -131,6 +151,7 @@ class HttpProcess:
     def _stop(self, state: str, error: ApiError) -> None:
         self._streams.draining = state
         self._streams.fail_all(error)
+        self._questions.fail_all(error)
         for upload in self._service.uploads:
             upload.abort_connection()
         self._server.should_exit = True

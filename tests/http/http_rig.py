@@ -19,9 +19,11 @@ from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
 from minisgl.messages import (
     AbortRequest,
     DeltaBatch,
+    DetokenizeRequest,
     Dispatched,
     Failed,
     FinishReason,
+    FlushCache,
     GenerateRequest,
     Health,
     Heartbeat,
@@ -31,6 +33,7 @@ from minisgl.messages import (
     Progress,
     Ready,
     Shutdown,
+    TokenizeRequest,
     WorkerDown,
     WorkerUp,
 )
@@ -136,7 +139,8 @@ class Rig:
     def start_tokenizer(self, index: int = 0) -> Inbox:
         name = f"tokenizer-{index}"
         epoch = self.epochs.setdefault(name, 1)
-        inbox = Inbox(ipc_address(self.run_dir.name, name, epoch), {GenerateRequest, AbortRequest})
+        accepts = {GenerateRequest, AbortRequest, TokenizeRequest, DetokenizeRequest, FlushCache}
+        inbox = Inbox(ipc_address(self.run_dir.name, name, epoch), accepts)
         self.tokenizers[index : index + 1] = [inbox]
         self.up(name, inbox.address)
         return inbox

@@ -282,13 +282,3 @@ def test_server_info_has_settings_and_states_but_no_secrets() -> None:
             assert "very-secret" not in json.dumps(info)
             assert [state["worker"] for state in info["internal_states"]] == ["scheduler-0"]
         assert rig.get("/health_generate")[0] == 200
-
-
-@pytest.mark.parametrize("disabled", [True, False])
-def test_flushing_a_cache_is_never_just_pretended(disabled: bool) -> None:
-    with running(disable_radix_cache=disabled) as rig:
-        for ask in (
-            lambda: rig.post(b"", "/flush_cache?timeout=60").getresponse().status,
-            lambda: rig.get("/flush_cache")[0],
-        ):
-            assert ask() == (200 if disabled else 400)
