@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -78,6 +79,9 @@ class Worker:
 
     def ready(self, info: JsonObject | None = None) -> None:
         """Say that this worker is warmed up; the supervisor then announces it to the others."""
+        # What is loaded by now stays for good. Looking at it again and again would stop every stream for milliseconds.
+        gc.collect()
+        gc.freeze()
         self.tick()
         self._supervisor.send(Ready(self.spec.name, self.spec.epoch, info or {}))
 

@@ -8,7 +8,6 @@ worker process; as a program this module is launch.py with that entry point:
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
@@ -76,8 +75,6 @@ def main(worker: Worker) -> None:
     kv_tokens = spec.config.max_total_tokens or 2**20
     engine = PacedEngine(spec.model.vocab_size, kv_tokens, float(os.environ.get(SLOWDOWN, "1")))
     core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch)
-    gc.collect()
-    gc.freeze()
     worker.ready(core.info())
     serve(worker, core)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
@@ -55,9 +54,6 @@ def load(worker: Worker) -> ReplicaCore:
     worker.progress("warming up")
     engine.warm_up()
     core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch)
-    # What is loaded by now stays for good, so the collector need never look at it again.
-    gc.collect()
-    gc.freeze()
     if spec.config.narrate:
         info = core.info()
         logger.info("model %s (%s), %s on %s", spec.model.name, spec.model.architecture, info["dtype"], info["device"])
