@@ -26,11 +26,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchlib.anatomy import HOPS, anatomy_of
-from benchlib.client import Target
 from benchlib.load import Load, LoadGenerator, LoadResult
 from benchlib.pace import SLOWDOWN
 from benchlib.servers import REPOSITORY, get_json
 from benchlib.stats import inter_token_gaps, percentile
+from benchlib.target import Target
 from benchlib.workloads import Lengths, Workload, load_tokenizer
 
 DEMO_MODEL = REPOSITORY / "minisgl" / "demo_model"

@@ -18,8 +18,9 @@ from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from benchlib.client import Connection, Exchange, Target, answer_of, now_ns
+from benchlib.client import Connection, Exchange, answer_of, now_ns
 from benchlib.stats import time_per_output_token
+from benchlib.target import Target
 from benchlib.wires import WIRES, Answer
 from benchlib.workloads import Session
 

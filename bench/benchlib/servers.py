@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchlib.client import Target
+from benchlib.target import Target
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SYSTEMS = ("minisgl", "sglang", "hf")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from bench_stub_server import DELTA_SECONDS, stub_server
-from benchlib.client import Target
 from benchlib.load import Load, LoadGenerator
 from benchlib.stats import inter_token_gaps
+from benchlib.target import Target
 from benchlib.workloads import Session, Turn
 
 
