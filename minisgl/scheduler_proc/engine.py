@@ -20,6 +20,7 @@ from minisgl.scheduler_proc.device import choose_device, choose_dtype, describe,
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_device
+from minisgl.scheduler_proc.models.linear import choose_linear
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
 from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
@@ -110,6 +111,7 @@ class StepEngine:
                 dummy_seed=config.random_seed if config.load_format == "dummy" else None,
                 trust_remote_code=config.trust_remote_code,
                 progress=lambda done, total: progress("loading weights", done, total),
+                make_linear=choose_linear(device, dtype),
             )
             progress("sizing KV memory", 0, 0)
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec, StepAttentio
 from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
+from minisgl.scheduler_proc.models.linear import Linear, LinearMaker, PlainLinear
 from minisgl.scheduler_proc.models.rope import Rope, rotate_
 
 
@@ -63,13 +65,32 @@ class DecoderWeights:
                     yield field.name, tensor
 
 
-class Decoder:
-    """The model as a function of its weights."""
+class LayerProducts(NamedTuple):
+    """The matrix products of one layer."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, rope: Rope) -> None:
+    qkv: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """The model as a function of its weights.
+
+    `make_linear` decides how matrices are kept. Where it copies them, `weights` has empty ones in their place from then
+    on, one after the other, so that no two copies of the whole model exist at any time.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, rope: Rope, make_linear: LinearMaker = PlainLinear
+    ) -> None:
         self.config = config
         self.weights = weights
         self.rope = rope
+        self._products = [_layer_products(layer, make_linear) for layer in weights.layers]
+        self._head = make_linear(weights.head, None)
+        if self._head.own_bytes and not config.tied_embeddings:
+            weights.head = weights.head.new_empty(0)
         self._attention = [AttentionSpec(config.head_dim**-0.5, window) for window in config.windows]
 
     @property
@@ -78,7 +99,9 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self.weights.named_tensors())
+        products = [self._head, *(product for layer in self._products for product in layer)]
+        copies = sum(product.own_bytes for product in products)
+        return copies + sum(tensor.nbytes for _, tensor in self.weights.named_tensors())
 
     def forward(self, batch: ForwardBatch, attention: StepAttention) -> torch.Tensor:
         """Logits [rows that sample, vocab] in the model's dtype."""
@@ -86,27 +109,29 @@ class Decoder:
         angles = self.rope.angles(batch.positions)
         hidden = F.embedding(batch.input_ids, weights.embedding)
         last = config.num_layers - 1
-        for index, layer in enumerate(weights.layers):
-            attended = self._attend(index, layer, self._norm(hidden, layer.input_norm), angles, attention)
+        for index, (layer, products) in enumerate(zip(weights.layers, self._products, strict=True)):
+            qkv = products.qkv(self._norm(hidden, layer.input_norm))
+            attended = self._attend(index, layer, qkv, angles, attention)
             if index == last:
                 # Only the tokens that get logits go on from here.
                 attended, hidden = attended[batch.sampled], hidden[batch.sampled]
-            hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
-            hidden = hidden + _feed_forward(layer, self._norm(hidden, layer.post_attention_norm))
-        return F.linear(self._norm(hidden, weights.norm), weights.head)
+            hidden = hidden + products.output(attended)
+            gate, up = products.gate_up(self._norm(hidden, layer.post_attention_norm)).chunk(2, dim=-1)
+            hidden = hidden + products.down(F.silu(gate).mul_(up))
+        return self._head(self._norm(hidden, weights.norm))
 
     def _attend(
         self,
         index: int,
         layer: LayerWeights,
-        hidden: torch.Tensor,
+        qkv: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
         attention: StepAttention,
     ) -> torch.Tensor:
         """Attention's output before its projection, [tokens, heads * head_dim]."""
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        tokens = len(hidden)
-        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).view(tokens, heads + 2 * kv_heads, head_dim)
+        tokens = len(qkv)
+        qkv = qkv.view(tokens, heads + 2 * kv_heads, head_dim)
         query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norm is not None:
             query_key.copy_(F.rms_norm(query_key, (head_dim,), None, self.config.rms_norm_eps).mul_(layer.qk_norm))
@@ -118,6 +143,11 @@ class Decoder:
         return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps)
 
 
-def _feed_forward(layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(hidden, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+def _layer_products(layer: LayerWeights, make_linear: LinearMaker) -> LayerProducts:
+    made = {}
+    for name in ("qkv", "output", "gate_up", "down"):
+        matrix = getattr(layer, name)
+        made[name] = make_linear(matrix, getattr(layer, f"{name}_bias"))
+        if made[name].own_bytes:
+            setattr(layer, name, matrix.new_empty(0))
+    return LayerProducts(**made)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +25,7 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec, StepAttentio
 from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelError
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
+from minisgl.scheduler_proc.models.linear import LinearMaker, PlainLinear
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class TransformersModel:
         """`name` is the model's architecture, for errors. `adopt` completes the construction."""
         self.attention_name = f"minisgl_paged_{next(_instances)}"
         self.kv_shapes: Sequence[KVShape] = []
+        self.own_bytes = 0
         self._name = name
         self._probed: dict[int, KVShape] = {}
         self._step: StepAttention | None = None
@@ -71,7 +74,7 @@ class TransformersModel:
 
     @property
     def weight_bytes(self) -> int:
-        return int(self._module.get_memory_footprint())
+        return self.own_bytes + int(self._module.get_memory_footprint())
 
     def forward(self, batch: ForwardBatch, attention: StepAttention) -> torch.Tensor:
         """Logits [rows that sample, vocab] in the model's dtype."""
@@ -154,6 +157,7 @@ def load_transformers_model(
     context_length: int,
     dummy_seed: int | None,
     trust_remote_code: bool,
+    make_linear: LinearMaker = PlainLinear,
 ) -> TransformersModel:
     """Load a model with transformers' own code and weight conversions; raises ModelError."""
     _logging.disable_progress_bar()
@@ -176,8 +180,26 @@ def load_transformers_model(
         raise ModelError(f"transformers cannot load {name} from {directory}: {error}") from None
     if getattr(module, "_is_stateful", False):
         raise ModelError(f"{name} cannot run on the paged KV cache: it keeps state besides keys and values")
-    model.adopt(module.to(device).eval(), hf_config)
+    module = module.to(device).eval()
+    model.own_bytes = _replace_products(module, make_linear)
+    model.adopt(module, hf_config)
     return model
+
+
+def _replace_products(module: Any, make_linear: LinearMaker) -> int:
+    """Let the linear layers of a model multiply our way; the memory that this takes beside the model's own."""
+    own_bytes = 0
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for part in module.modules():
+        if type(part) is not nn.Linear:
+            continue
+        linear = make_linear(part.weight.detach(), part.bias)
+        if linear.own_bytes:
+            own_bytes += linear.own_bytes
+            part.forward = linear  # type: ignore[method-assign, assignment]
+            if id(part.weight) not in embeddings:
+                part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
+    return own_bytes
 
 
 def _refuse_unsupported(hf_config: Any, name: str) -> None:

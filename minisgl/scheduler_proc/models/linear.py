@@ -1,0 +1,69 @@
+"""Ways to keep the weight of a linear layer and to multiply by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+
+class Linear(Protocol):
+    """One linear layer, as a function of hidden states."""
+
+    own_bytes: int
+    """Memory beside the weight it was made from; above 0, that weight is not needed any more."""
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor:
+        """[..., in] to [..., out], in the dtype of `hidden`."""
+
+
+LinearMaker: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+"""From a weight [out, in] and a bias [out] or None."""
+
+
+class PlainLinear:
+    """torch's own product with the weight as it is."""
+
+    own_bytes = 0
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor:
+        return F.linear(hidden, self._weight, self._bias)
+
+
+class PackedLinear:
+    """A weight kept in the layout that oneDNN's kernels read, which F.linear makes anew in every call.
+
+    Without a bias the results are F.linear's to the bit; with one, both round the exact sum once.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        # These operators have no Python wrapper; torch's own compiler makes the same calls.
+        ops: Any = torch.ops.mkldnn
+        # Without a number of rows the layout suits all of them; made for one row, it is slow for one, too.
+        self._weight = ops._reorder_linear_weight(weight, None)
+        self._multiply = ops._linear_pointwise.default
+        self._bias = bias
+        self.own_bytes = self._weight.nbytes
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor:
+        product: torch.Tensor = self._multiply(hidden, self._weight, self._bias, "none", [], "")
+        return product
+
+
+def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearMaker:
+    """The fastest exact way for a device and precision."""
+    mkldnn: Any = torch.backends.mkldnn
+    if device.type != "cpu" or not mkldnn.is_available():
+        return PlainLinear
+    ops: Any = torch.ops.mkldnn
+    packs = (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()) or (
+        dtype == torch.float16 and ops._is_mkldnn_fp16_supported()
+    )
+    # In float32 torch multiplies by MKL, which reads plain weights at full speed.
+    return PackedLinear if packs else PlainLinear
