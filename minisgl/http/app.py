@@ -28,6 +28,7 @@ from minisgl.http.protocol import Edge, Ingress, ingress_of
 from minisgl.http.questions import Questions
 from minisgl.http.schemas import parse_object
 from minisgl.http.security import Gate
+from minisgl.http.shortcut import Shortcut
 from minisgl.http.streaming import Streams
 from minisgl.http.writer import ResponseWriter
 from minisgl.messages import JsonObject
@@ -56,6 +57,7 @@ def create_app(service: Service) -> ASGIApp:
         title="minisgl",
         version=minisgl.__version__,
         description=api_docs.DESCRIPTION,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         responses={} if service.spec.config.api_key is None else api_docs.UNAUTHORIZED,
@@ -138,7 +140,8 @@ def create_app(service: Service) -> ASGIApp:
     for path, endpoint in page.endpoints():
         add(path, endpoint, methods=["GET"], response_model=None, include_in_schema=False)
     config = service.spec.config
-    return Edge(app, Gate(config), traced=config.otlp_endpoint is not None)
+    posts = {"/generate": generate, "/v1/chat/completions": chat_completions, "/v1/completions": completions}
+    return Edge(Shortcut(app, posts), Gate(config), traced=config.otlp_endpoint is not None)
 
 
 def _read_either(body: JsonObject, caller: Caller) -> Generation:
@@ -239,4 +242,4 @@ async def _on_http_error(request: Request, error: Any) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return ApiError(500, "internal_error", "the server failed to handle this request; its log says why").response()
+    return ApiError.of_bug().response()

@@ -35,6 +35,11 @@ class ApiError(Exception):
         status = error.status if 400 <= error.status < 600 else 500
         return cls(status, error.code, error.message)
 
+    @classmethod
+    def of_bug(cls) -> ApiError:
+        """What a client is told of an exception that nobody expected."""
+        return cls(500, "internal_error", "the server failed to handle this request; its log says why")
+
     @property
     def type(self) -> str:
         if self.status < 500:
