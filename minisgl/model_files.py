@@ -18,6 +18,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 """One of these must be there."""
 
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 _FOREIGN_WEIGHTS = (".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack")
 _CONTEXT_LENGTH_KEYS = (
@@ -125,6 +126,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelNotFound(f"{path} does not hold a JSON object: fetch it again")
     return value
+
+
+def read_chat_templates(directory: Path) -> dict[str, str]:
+    """The model's chat templates by name, from whichever file holds them: `default`, and maybe one for `tool_use`."""
+    own_file = directory / "chat_template.jinja"
+    if own_file.exists():
+        return {"default": own_file.read_text(encoding="utf-8")}
+    found: Any = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if found is None:
+        found = read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    named = found if isinstance(found, dict) else {"default": found}
+    return {name: source for name, source in named.items() if isinstance(source, str)}
+
+
+def read_named_tokens(directory: Path) -> dict[str, str]:
+    """The texts of the special tokens that have a role, such as {"bos_token": "<s>"}: chat templates use them."""
+    config = read_json(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config = {**config, **read_json(directory / "special_tokens_map.json")}
+    values = {name: config.get(name) for name in NAMED_TOKENS}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 # ---- facts ----------------------------------------------------------------------------------------------------------

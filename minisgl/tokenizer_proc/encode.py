@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from minisgl.config import ConfigError
 from minisgl.messages import JsonObject
-from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError
+from minisgl.model_files import read_chat_templates, read_named_tokens
+from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError, UnknownVariable
 from minisgl.tokenizer_proc.time_limit import TimeLimitExceeded, time_limit
-from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer, named_tokens, read_chat_template
+from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
 
 class PromptRefused(ValueError):
@@ -72,26 +74,34 @@ class PromptEncoder:
         template_seconds: float | None = None,
     ) -> PromptEncoder:
         """Load the tokenizer and chat template files; raises ConfigError when they are missing or broken."""
-        source = read_chat_template(directory)
+        sources = read_chat_templates(Path(directory))
         try:
-            template = None if source is None else ChatTemplate(source, named_tokens(directory))
+            template = ChatTemplate.of(sources, read_named_tokens(Path(directory))) if "default" in sources else None
         except ChatTemplateError as error:
             raise ConfigError(f"the chat template in {directory} is not valid Jinja: {error}") from error
         tokenizer = load_tokenizer(directory, trust_remote_code)
         return cls(tokenizer, template, context_length, vocab_size, template_seconds)
 
-    def encode(self, prompt: str | list[int] | list[JsonObject], max_new_tokens: int | None) -> list[int]:
+    def encode(
+        self,
+        prompt: str | list[int] | list[JsonObject],
+        max_new_tokens: int | None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt's token ids, at least one; raises PromptRefused.
 
         Args:
             max_new_tokens: what must fit behind the prompt; None is "whatever is left".
+            template_variables: what a chat brings beside its messages; see ChatTemplate.render.
         """
-        rendered = self.render(prompt)
+        rendered = self.render(prompt, template_variables)
         ids = self.tokenize(rendered) if isinstance(rendered, PromptText) else rendered
         self.check(ids, max_new_tokens)
         return ids
 
-    def render(self, prompt: str | list[int] | list[JsonObject]) -> PromptText | list[int]:
+    def render(
+        self, prompt: str | list[int] | list[JsonObject], template_variables: Mapping[str, Any] | None = None
+    ) -> PromptText | list[int]:
         """The text to tokenize, or the prompt itself when it is token ids already; raises PromptRefused."""
         if isinstance(prompt, str):
             rendered = PromptText(prompt, add_special_tokens=True)
@@ -99,7 +109,8 @@ class PromptEncoder:
             token_ids = [item for item in prompt if isinstance(item, int)]
             if len(token_ids) == len(prompt):
                 return token_ids
-            rendered = PromptText(self._render_chat([item for item in prompt if isinstance(item, dict)]), False)
+            messages = [item for item in prompt if isinstance(item, dict)]
+            rendered = PromptText(self._render_chat(messages, template_variables or {}), False)
         if len(rendered.text) > self.max_characters:
             raise PromptRefused(
                 "prompt_too_long",
@@ -152,11 +163,13 @@ class PromptEncoder:
         with contextlib.suppress(PromptRefused):
             self.render([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
 
-    def _render_chat(self, messages: list[JsonObject]) -> str:
+    def _render_chat(self, messages: list[JsonObject], variables: Mapping[str, Any]) -> str:
         if self.chat_template is None:
             raise PromptRefused("no_chat_template", "this model has no chat template: send prompt instead of messages")
         try:
             with time_limit(self.template_seconds):
-                return self.chat_template.render(messages)
+                return self.chat_template.render(messages, variables)
+        except UnknownVariable as error:
+            raise PromptRefused("unknown_template_variable", str(error)) from error
         except (ChatTemplateError, TimeLimitExceeded) as error:
             raise PromptRefused("chat_template_error", f"the model's chat template failed: {error}") from error

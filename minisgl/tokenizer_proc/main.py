@@ -141,7 +141,7 @@ class TokenizerService:
             return
         self._counters["requests"] += 1
         try:
-            prompt = self._encoder.render(request.prompt)
+            prompt = self._encoder.render(request.prompt, request.template)
             if not isinstance(prompt, PromptText):
                 self._dispatch(request, prompt)
             else:
@@ -161,7 +161,7 @@ class TokenizerService:
                 detokenize = partial(self._encoder.detokenize, token_ids, request.skip_special_tokens)
                 self._work(rid, len(token_ids), detokenize, lambda text: self._send_text(rid, text, token_ids))
                 return
-            prompt = self._encoder.render(request.prompt)
+            prompt = self._encoder.render(request.prompt, request.template)
             if not isinstance(prompt, PromptText):
                 raise PromptRefused("empty_prompt", "a chat needs at least one message")
             text = prompt.text

@@ -1,4 +1,4 @@
-"""A model's tokenizer files, as the `tokenizers` library and the chat template need them.
+"""A model's tokenizer files, as the `tokenizers` library needs them.
 
 The tokenizer and the detokenizer process both load through here, and so does the in-process Engine. The behaviour is
 that of transformers' fast tokenizers, without importing transformers.
@@ -13,8 +13,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from minisgl.config import ConfigError
 from minisgl.model_files import read_json
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -32,33 +30,6 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> To
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def named_tokens(directory: str | Path) -> dict[str, str]:
-    """The texts of the special tokens that have a role, such as {"bos_token": "<s>"}: chat templates use them."""
-    directory = Path(directory)
-    config = read_json(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:
-        config = {**config, **read_json(directory / "special_tokens_map.json")}
-    values = {name: config.get(name) for name in _NAMED_TOKENS}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def read_chat_template(directory: str | Path) -> str | None:
-    """The model's (default) chat template, from whichever file holds it; None when it has none."""
-    directory = Path(directory)
-    own_file = directory / "chat_template.jinja"
-    if own_file.exists():
-        return own_file.read_text(encoding="utf-8")
-    template = read_json(directory / "tokenizer_config.json").get("chat_template")
-    if template is None:
-        template = read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _add_missing_tokens(tokenizer: Tokenizer, listed: dict[str, dict[str, Any]]) -> None:

@@ -7,10 +7,13 @@ import time
 from typing import Any
 
 import pytest
-from sample_tokenizers import CHATML, LLAMA_CHAT
+from jinja2 import TemplateError
+from model_templates import ADD, DEEPSEEK_R1, HERMES, PREFILLED_THINKING, QWEN3, QWEN25, ROUND_TRIP, WEATHER
+from sample_tokenizers import CHATML, LLAMA_CHAT, byte_level
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError
+from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError, UnknownVariable
 from minisgl.tokenizer_proc.time_limit import time_limit
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -126,3 +129,116 @@ def test_rendering_does_not_change_the_messages() -> None:
     before = json.dumps(CHAT)
     ChatTemplate(CHATML, TOKENS).render(CHAT)
     assert json.dumps(CHAT) == before
+
+
+# ---- real templates, and what a request can say beside its messages --------------------------------------------------
+
+USER = {"role": "user", "content": "What is 1+2?"}
+REAL = {"qwen2.5": QWEN25, "qwen3": QWEN3, "hermes": HERMES, "r1": DEEPSEEK_R1, "thinking": PREFILLED_THINKING}
+OPEN_CHATS: dict[str, list[dict[str, Any]]] = {
+    "plain": [USER, {"role": "assistant", "content": "It is"}],
+    "trailing space": [USER, {"role": "assistant", "content": "It is \n"}],
+    "thinking": [USER, {"role": "assistant", "content": "<think>\nHm, 1"}],
+    "thought": [USER, {"role": "assistant", "content": "<think>\nHm\n</think>\n\nIt"}],
+    "said before": [{"role": "assistant", "content": "It is"}, USER, {"role": "assistant", "content": "It is"}],
+    "user": [{"role": "user", "content": "Complete my"}],
+    "parts": [USER, {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level(), **TOKENS)
+
+
+def both(
+    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]], **variables: Any
+) -> tuple[str, str]:
+    """What we make of a chat, and what transformers does; "refused" where either refuses."""
+    own = ChatTemplate(template, TOKENS)
+    try:
+        ours = own.render(messages, variables)
+    except ChatTemplateError:
+        ours = "refused"
+    arguments = {"add_generation_prompt": not variables.get("continue_final_message", False), **variables}
+    try:
+        theirs = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+    except (ValueError, TypeError, TemplateError):
+        theirs = "refused"
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "messages",
+    [CHAT[:2], ROUND_TRIP, [*ROUND_TRIP, {"role": "assistant", "content": "Grey, and 3."}, USER]],
+    ids=["chat", "calls", "after calls"],
+)
+@pytest.mark.parametrize("variables", [{}, {"tools": [WEATHER, ADD]}, {"add_generation_prompt": False}], ids=str)
+def test_calls_and_tools_render_as_transformers_renders_them(
+    tokenizer: PreTrainedTokenizerFast, name: str, messages: list[dict[str, Any]], variables: dict[str, Any]
+) -> None:
+    if "tools" in variables and name in ("r1", "thinking"):
+        with pytest.raises(UnknownVariable, match="no variable 'tools'"):
+            ChatTemplate(REAL[name], TOKENS).render(messages, variables)
+        return
+    ours, theirs = both(tokenizer, REAL[name], messages, **variables)
+    assert ours == theirs
+    if name not in ("r1", "thinking"):
+        assert ("get_weather" in ours) == ("tools" in variables or len(messages) > 2)
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("chat", OPEN_CHATS)
+def test_a_continued_message_renders_as_transformers_renders_it(
+    tokenizer: PreTrainedTokenizerFast, name: str, chat: str
+) -> None:
+    messages = OPEN_CHATS[chat]
+    if chat == "parts":
+        # Content that the template cannot take as a list is a string for it, as in every chat.
+        messages = [USER, {"role": "assistant", "content": "It is"}]
+    ours, theirs = both(tokenizer, REAL[name], messages, continue_final_message=True)
+    assert ours == theirs
+    if ours != "refused":
+        assert ours.rstrip().endswith(messages[-1]["content"].rstrip().removeprefix("<think>\nHm\n</think>\n\n"))
+        assert ChatTemplate(REAL[name], TOKENS).render(OPEN_CHATS[chat], {"continue_final_message": True}) == ours
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "thinking"])
+def test_thinking_can_be_switched(tokenizer: PreTrainedTokenizerFast, name: str, thinking: bool) -> None:
+    ours, theirs = both(tokenizer, REAL[name], [USER], enable_thinking=thinking)
+    assert ours == theirs
+    assert ours.endswith("<think>\n\n</think>\n\n") == (not thinking)
+
+
+def test_reasoning_is_known_to_templates_by_every_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{% for m in messages %}[{{ m.thinking }}|{{ m.reasoning_content }}]{% endfor %}"
+    messages = [{"role": "assistant", "content": "x", "reasoning_content": "why"}, USER]
+    ours, theirs = both(tokenizer, template, messages)
+    assert ours == theirs == "[why|why][|]"
+
+
+def test_a_template_of_its_own_for_tools() -> None:
+    template = ChatTemplate.of({"default": "plain {{ x }}", "tool_use": "{{ tools[0].function.name }}{{ y }}"}, TOKENS)
+    assert template.render([USER], {"x": 1}) == "plain 1"
+    assert template.render([USER], {"tools": [ADD], "y": 2}) == "add2"
+    with pytest.raises(UnknownVariable, match="'x'; it reads tools, y"):
+        template.render([USER], {"tools": [ADD], "x": 2})
+
+
+@pytest.mark.parametrize("name", ["messages", "bos_token", "eos_token", "range", "raise_exception", "nothing", "ns"])
+def test_only_variables_that_the_template_reads_can_be_set(name: str) -> None:
+    template = ChatTemplate("{% set ns = 1 %}{{ bos_token }}{{ messages }}{{ range(2) }}{{ raise_exception }}", TOKENS)
+    with pytest.raises(UnknownVariable, match=f"no variable '{name}'; it reads none"):
+        template.render([USER], {name: "mine"})
+
+
+def test_a_message_without_text_cannot_be_continued() -> None:
+    for messages in (ROUND_TRIP[:3], [USER, {"role": "assistant", "content": []}]):
+        with pytest.raises(ChatTemplateError, match="text in it"):
+            ChatTemplate(TEMPLATES["parts"], TOKENS).render(messages, {"continue_final_message": True})
+    with pytest.raises(ChatTemplateError, match="does not show the last message"):
+        ChatTemplate("{{ messages[0].content }}", TOKENS).render(
+            [USER, {"role": "assistant", "content": "It"}], {"continue_final_message": True}
+        )

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from minisgl.config import ConfigError
 from minisgl.demo_model import demo_model_dir
-from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer, named_tokens, read_chat_template
+from minisgl.model_files import read_chat_templates, read_named_tokens
+from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
 
 def test_truncation_and_padding_in_the_file_are_switched_off(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_named_tokens_come_as_texts_or_as_objects(tmp_path: Path) -> None:
         tmp_path, sample_tokenizers.byte_level(), bos_token=None, eos_token={"content": "<|im_end|>", "lstrip": False}
     )
     (directory / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
-    assert named_tokens(directory) == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert read_named_tokens(directory) == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
 @pytest.mark.parametrize("place", ["jinja", "config", "named", "processor"])
@@ -71,11 +72,11 @@ def test_chat_templates_are_found_wherever_they_are(tmp_path: Path, place: str) 
         (directory / "chat_template.jinja").write_text(CHATML)
     if place == "processor":
         (directory / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
-    assert read_chat_template(directory) == CHATML
+    assert read_chat_templates(directory)["default"] == CHATML
 
 
 def test_no_chat_template(tmp_path: Path) -> None:
-    assert read_chat_template(save(tmp_path, sample_tokenizers.byte_level())) is None
+    assert read_chat_templates(save(tmp_path, sample_tokenizers.byte_level())) == {}
 
 
 @pytest.mark.parametrize(("content", "sentence"), [("{", "fetch it again"), ("{}", "fetch it again")])

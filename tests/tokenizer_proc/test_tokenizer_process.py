@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sample_tokenizers
+from model_templates import QWEN3, WEATHER
 from tokenizers import Tokenizer, models, pre_tokenizers
 from worker_process import Wiring, WorkerProcess, demo_model_spec, take, take_until
 
@@ -201,3 +202,25 @@ def test_poisoned_prompts_end_alone(tmp_path: Path) -> None:
         }
         assert "took more than" in errors[rid(3)].message
         assert stack.worker.wait_stats(lambda stats: stats.get("errors") == 2)
+
+
+def test_a_request_sets_variables_of_the_template(tmp_path: Path) -> None:
+    tokenizer = sample_tokenizers.byte_level()
+    sample_tokenizers.save(tmp_path, tokenizer, chat_template=QWEN3)
+    variables: list[dict[str, Any]] = [
+        {"tools": [WEATHER], "enable_thinking": False},
+        {"continue_final_message": True},
+        {"messages": []},
+    ]
+    with Stack(ModelSpec(str(tmp_path), "m", "m", 10_000, 500, (2,), "m")) as stack:
+        scheduler = stack.scheduler(0)
+        for counter, template in enumerate(variables):
+            stack.worker.send(GenerateRequest(rid(counter), HELLO, SAMPLING, [timeline.now()] * 2, template))
+        prompts = [tokenizer.decode(m.input_ids, skip_special_tokens=False) for m in take(scheduler, 2)]
+        assert "get_weather" in prompts[0]
+        assert prompts[0].endswith("assistant\n<think>\n\n</think>\n\n")
+        assert prompts[1] == "<|im_start|>user\nHello"
+        messages = take_until(stack.http[0], lambda messages: sum(map(ends_or_announces, messages)) == 3)
+        (error,) = [m for m in messages if isinstance(m, RequestError)]
+        assert (error.rid, error.status, error.code) == (rid(2), 400, "unknown_template_variable")
+        assert "no variable 'messages'" in error.message
