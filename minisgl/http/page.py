@@ -1,6 +1,6 @@
-"""The web page at `/`: its files, each under its own path, and the headers that keep it to itself.
+"""The web pages at `/` and `/docs`: files, each under its own path, and the headers that keep them to themselves.
 
-The files hold no secret and are served without the API key; what the page asks of the server needs the key as ever.
+The files hold no secret and are served without the API key; what the pages ask of the server needs the key as ever.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from importlib.resources import files
 
 from starlette.responses import Response
 
-_JAVASCRIPT = "text/javascript"
+_HTML, _CSS, _JAVASCRIPT = "text/html", "text/css", "text/javascript"
 _FILES = {
-    "/": ("index.html", "text/html"),
-    "/web/style.css": ("style.css", "text/css"),
+    "/": ("index.html", _HTML),
+    "/docs": ("docs.html", _HTML),
+    "/web/style.css": ("style.css", _CSS),
+    "/web/docs.css": ("docs.css", _CSS),
+    "/web/docs.js": ("docs.js", _JAVASCRIPT),
     "/web/page.js": ("page.js", _JAVASCRIPT),
     "/web/api.js": ("api.js", _JAVASCRIPT),
     "/web/key.js": ("key.js", _JAVASCRIPT),
@@ -23,7 +26,7 @@ _FILES = {
     "/web/timeline.js": ("timeline.js", _JAVASCRIPT),
 }
 PATHS = tuple(_FILES)
-"""The routes of the page, all of them GET."""
+"""The routes of the pages, all of them GET."""
 
 # Nothing but this server's own files runs or is asked, and no script can turn a string into markup.
 _POLICY = (

@@ -347,6 +347,21 @@ def brightness(color: str) -> int:
 # ---- the API key ----------------------------------------------------------------------------------------------------
 
 
+def test_the_api_page_describes_every_route_from_this_server_alone(page: Page) -> None:
+    page.driver.get(f"{page.url}/docs")
+    until(lambda: len(page.all("#routes details")) > 5)
+    document = json.loads(page.js("return fetch('/openapi.json').then((answer) => answer.text())"))
+    described = [f"{method.upper()} {path}" for path, item in document["paths"].items() for method in item]
+    assert [element.text for element in page.all("#routes summary code")] == described
+    assert "null" not in page.text("#description")
+    page.one("details[id='POST/generate'] summary").click()
+    shown = page.text("details[id='POST/generate']")
+    for field in ("max_new_tokens", "default 128", "input_ids", "curl -X POST", "text/event-stream", "503"):
+        assert field in shown, field
+    hosts = page.js("return performance.getEntriesByType('resource').map((entry) => new URL(entry.name).origin)")
+    assert set(hosts) == {page.url}
+
+
 @pytest.fixture
 def locked(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     monkeypatch.setenv("MINISGL_API_KEY", KEY)
@@ -375,3 +390,8 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_this_tab(locked: Page) -> Non
     locked.open()
     until(lambda: locked.text("#model") == "demo")
     assert not locked.one("#key-dialog").is_displayed()
+    locked.driver.get(f"{locked.url}/docs")
+    until(lambda: len(locked.all("#routes details")) > 5)
+    locked.js("sessionStorage.clear()")
+    locked.driver.refresh()
+    until(lambda: locked.one("#key-dialog").is_displayed())

@@ -342,4 +342,4 @@ def _accepts(name: str, value: Any) -> bool:
 def test_docs_page_exists(rig: Rig) -> None:
     status, page = rig.get("/docs")
     assert status == 200
-    assert b"openapi.json" in page
+    assert b"/web/docs.js" in page

@@ -53,10 +53,10 @@ def test_nothing_else_is_served(client: httpx.Client, path: str) -> None:
 
 
 def test_no_foreign_host_and_no_code_in_the_markup(client: httpx.Client) -> None:
-    html = client.get("/").text
-    assert re.findall(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|javascript:", html) == []
-    for target in re.findall(r'(?:src|href|action)="([^"]*)"', html):
-        assert target in (*page.PATHS, "/docs") or target.startswith("data:image/svg+xml,")
+    for html in (client.get("/").text, client.get("/docs").text):
+        assert re.findall(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|javascript:", html) == []
+        for target in re.findall(r'(?:src|href|action)="([^"]*)"', html):
+            assert target in (*page.PATHS, "/openapi.json") or target.startswith("data:image/svg+xml,")
     for path in page.PATHS:
         text = client.get(path).text
         assert set(re.findall(r"https?://[\w.]+[\w./-]*", text)) <= NAMES_OF_NAMESPACES, path
@@ -72,11 +72,15 @@ def test_every_module_that_is_imported_is_served(client: httpx.Client) -> None:
 
 
 def test_the_elements_that_the_scripts_look_up_exist(client: httpx.Client) -> None:
-    html = client.get("/").text
-    ids = re.findall(r'\sid="([^"]+)"', html)
-    assert len(ids) == len(set(ids))
-    for path in page.PATHS:
-        assert set(re.findall(r'byId\("([^"]+)"\)', client.get(path).text)) <= set(ids)
+    def wanted(path: str) -> set[str]:
+        return set(re.findall(r'(?:byId|getElementById)\("([^"]+)"\)', client.get(path).text))
+
+    scripts = {path for path in page.PATHS if path.endswith(".js")}
+    shared = {"/web/key.js", "/web/api.js"}
+    for html, others in (("/", {"/web/docs.js"}), ("/docs", scripts - shared - {"/web/docs.js"})):
+        ids = re.findall(r'\sid="([^"]+)"', client.get(html).text)
+        assert len(ids) == len(set(ids))
+        assert set().union(*map(wanted, scripts - others)) <= set(ids)
 
 
 def test_the_timeline_knows_every_hop() -> None:
