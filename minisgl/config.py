@@ -16,6 +16,8 @@ from typing import Any, get_type_hints
 
 import msgpack
 
+from minisgl.chat_formats import REASONING_PARSERS, TOOL_CALL_PARSERS, ChatFormats
+
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DEMO_MODEL = "demo"
 
@@ -57,6 +59,16 @@ class ServerConfig:
     load_format: str = _flag("auto", "'dummy' makes random weights from config.json alone", choices=("auto", "dummy"))
     trust_remote_code: bool = _flag(False, "allow a model repository to run its own Python code")
     context_length: int | None = _flag(None, "longest prompt plus answer in tokens (default: the model's own)")
+    tool_call_parser: str = _flag(
+        "auto",
+        "how the model writes tool calls; auto reads it off the chat template, 'none' refuses tools",
+        choices=("auto", "none", *TOOL_CALL_PARSERS),
+    )
+    reasoning_parser: str = _flag(
+        "auto",
+        "how the model writes reasoning, which is split from its answers; auto reads it off the chat template",
+        choices=("auto", "none", *REASONING_PARSERS),
+    )
 
     # device and precision
     device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "mps", "cpu"))
@@ -196,6 +208,8 @@ class ModelSpec:
     architecture: str
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     """What generation_config.json recommends, as fields of SamplingParams; chats use it where the client is silent."""
+    chat_formats: ChatFormats = field(default_factory=ChatFormats)
+    """How it writes tool calls and reasoning."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,11 @@ class WorkerSpec:
     @classmethod
     def unpack(cls, data: bytes) -> WorkerSpec:
         fields = msgpack.unpackb(data)
-        model = {**fields["model"], "eos_token_ids": tuple(fields["model"]["eos_token_ids"])}
+        model = {
+            **fields["model"],
+            "eos_token_ids": tuple(fields["model"]["eos_token_ids"]),
+            "chat_formats": ChatFormats(**fields["model"]["chat_formats"]),
+        }
         return cls(**{**fields, "config": ServerConfig(**fields["config"]), "model": ModelSpec(**model)})
 
 

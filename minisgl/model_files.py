@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from minisgl.chat_formats import find_chat_formats
 from minisgl.config import ConfigError, ModelSpec, ServerConfig
 from minisgl.sampling_params import InvalidSamplingParams, SamplingParams
 
@@ -183,6 +184,12 @@ def read_model_spec(directory: Path, config: ServerConfig, name: str, source: st
         eos_token_ids=_eos_token_ids(directory, text_config),
         architecture=str(architectures[0]),
         sampling_defaults=_sampling_defaults(directory),
+        chat_formats=find_chat_formats(
+            read_chat_templates(directory),
+            read_named_tokens(directory),
+            config.tool_call_parser,
+            config.reasoning_parser,
+        ),
     )
 
 
