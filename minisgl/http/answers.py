@@ -14,7 +14,7 @@ from minisgl.http.accounting import Call
 from minisgl.http.errors import ApiError, to_json
 from minisgl.http.recovery import Flight
 from minisgl.http.writer import ResponseWriter
-from minisgl.messages import FinishReason, JsonObject
+from minisgl.messages import FinishReason, JsonObject, Logprobs
 from minisgl.sampling_params import SamplingParams
 from minisgl.timeline import STAMPS, hops_us, now, server_timing_header, total_us
 
@@ -28,6 +28,7 @@ class Stream(Flight):
     Attributes:
         name: the request id that its client knows.
         index: its place among the answers of its response.
+        template, grammar_field, reads_only: see generation.Ask.
         siblings: all streams of its response, itself included, by index; empty once the response is over.
         stamps: readings of timeline.STAMPS so far, `written` being the last.
         first_ns, first_tokens: when the first row arrived, and how many tokens it brought.
@@ -35,6 +36,8 @@ class Stream(Flight):
         steps_ns: when each step that brought it tokens was launched and retired, in turn; kept for clients that ask.
         finish: set by the terminal row; NONE while running and after an error.
         matched: the token id or stop string that ended the text, if one did.
+        logprobs: of generated tokens, not yet shown; only for clients that ask.
+        prompt_logprobs: of the prompt's tokens, likewise.
         error: what ended it instead of a terminal row.
     """
 
@@ -45,6 +48,9 @@ class Stream(Flight):
     sampling: SamplingParams
     name: str
     index: int = 0
+    template: JsonObject | None = None
+    grammar_field: str | None = None
+    reads_only: bool = False
     siblings: list[Stream] = field(default_factory=list)
     stamps: list[int] = field(default_factory=list)
     steps_ns: list[int] | None = None
@@ -56,6 +62,8 @@ class Stream(Flight):
     last_ns: int = 0
     finish: FinishReason = FinishReason.NONE
     matched: int | str | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     error: ApiError | None = None
 
     def restart(self) -> None:
@@ -65,7 +73,19 @@ class Stream(Flight):
         self.first_ns = self.first_tokens = self.last_ns = 0
         if self.steps_ns:
             self.steps_ns.clear()
+        self.logprobs.clear()
+        self.prompt_logprobs.clear()
         self.sink.restart(self)
+
+    def take_logprobs(self) -> list[Logprobs]:
+        """Those that have come since the last call."""
+        parts, self.logprobs = self.logprobs, []
+        return parts
+
+    def take_prompt_logprobs(self) -> list[Logprobs]:
+        """Those that have come since the last call."""
+        parts, self.prompt_logprobs = self.prompt_logprobs, []
+        return parts
 
     def usage(self) -> JsonObject:
         return {
@@ -184,7 +204,7 @@ class EventStream:
     def _show(self, stream: Stream) -> None:
         stream.shown = True
         # It will not be sent again, so there is no need to keep it.
-        stream.prompt = ""
+        stream.prompt, stream.template = "", None
         if self._opened:
             return
         self._opened = True

@@ -68,24 +68,44 @@ _TIMING = _object(
     },
     optional=("steps_ns",),
 )
+_TOKEN: JsonObject = {
+    "id": _INTEGER,
+    "text": {**_STRING, "description": "the token's own text; parts of a character show as U+FFFD"},
+    "logprob": {
+        "type": ["number", "null"],
+        "description": "natural logarithm of the model's own probability, before any sampling parameter; -9999 stands "
+        "for minus infinity; null for the first token of a prompt, which nothing predicts",
+    },
+}
+_LOGPROBS: JsonObject = {
+    "type": "array",
+    "items": _object({**_TOKEN, "top": {"type": "array", "items": _object(_TOKEN)}}),
+    "description": "with logprobs: of each token, the one that ended the text included",
+}
 _ENDING: JsonObject = {
     "finish_reason": {"type": "string", "enum": ["stop", "length", "abort"]},
     "matched": {"type": ["string", "integer"], "description": "the stop string or token id that ended the text"},
+    "prompt_logprobs": {**_LOGPROBS, "description": "with prompt_logprobs_from: of the prompt's tokens"},
     "usage": _USAGE,
     "timing": _TIMING,
 }
+_OPTIONAL = ("matched", "prompt_logprobs")
 _TOKEN_IDS = {"type": "array", "items": _INTEGER, "description": "streams name them with return_token_ids alone"}
 _LINE = {
     "oneOf": [
-        _object({"text_delta": _STRING, "token_ids": _TOKEN_IDS}, "a piece of the answer", optional=("token_ids",)),
-        _object({"event": {"const": "done"}, **_ENDING}, "the end", optional=("matched",)),
+        _object(
+            {"text_delta": _STRING, "token_ids": _TOKEN_IDS, "logprobs": _LOGPROBS},
+            "a piece of the answer",
+            optional=("token_ids", "logprobs"),
+        ),
+        _object({"event": {"const": "done"}, **_ENDING}, "the end", optional=_OPTIONAL),
         _object({"event": {"const": "error"}, "code": _STRING, "message": _STRING}, "the end, after a failure"),
     ]
 }
 _WHOLE = _object(
-    {"text": _STRING, "token_ids": _TOKEN_IDS, **_ENDING},
+    {"text": _STRING, "token_ids": _TOKEN_IDS, "logprobs": _LOGPROBS, **_ENDING},
     "with stream=false",
-    optional=("matched",),
+    optional=("logprobs", *_OPTIONAL),
 )
 
 

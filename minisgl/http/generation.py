@@ -30,13 +30,23 @@ class Caller:
 
 
 class Ask(NamedTuple):
-    """One request to the ring; `name` is the id that the client knows it by."""
+    """One request to the ring.
+
+    Attributes:
+        name: the id that the client knows it by.
+        keep_steps: collect when the steps of the model began and ended.
+        template: variables for the chat template, beside the messages.
+        grammar_field: what the client calls the field that holds the grammar.
+        reads_only: the prompt is all that matters; the one token that the ring generates is not shown.
+    """
 
     name: str
     prompt: Prompt
     sampling: SamplingParams
     keep_steps: bool = False
-    """Collect when the steps of the model began and ended."""
+    template: JsonObject | None = None
+    grammar_field: str | None = None
+    reads_only: bool = False
 
 
 MAX_COPIED_BYTES = 64 * 2**20
@@ -88,6 +98,16 @@ def check_sampling(values: JsonObject, model: ModelSpec, names: Mapping[str, str
     check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], model.vocab_size)
     # A request may have to be generated again after a worker died; with a seed of its own it comes out the same.
     return params if params.seed is not None else replace(params, seed=random.getrandbits(63))
+
+
+def to_read_only(values: JsonObject, limit: str) -> tuple[JsonObject, bool]:
+    """What goes to the ring for a request whose limit of new tokens (the field's name) may be 0, and whether it is.
+
+    The first token comes with the prompt's own computation anyway; it is generated and not shown.
+    """
+    if values[limit] != 0:
+        return values, False
+    return {**values, limit: 1, "ignore_eos": True, "stop": None, "stop_token_ids": None}, True
 
 
 def _logit_bias(biases: JsonObject) -> tuple[tuple[int, float], ...]:

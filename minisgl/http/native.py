@@ -8,6 +8,7 @@ from minisgl.config import ModelSpec
 from minisgl.http.answers import Prompt, Stream
 from minisgl.http.errors import ApiError, to_json
 from minisgl.http.generation import Ask, Caller, Generation, check_sampling, make_sink
+from minisgl.http.logprobs import each_token, text_of
 from minisgl.http.schemas import (
     BOOLEAN,
     INTEGER,
@@ -25,11 +26,14 @@ from minisgl.http.schemas import (
     object_schema,
     read_fields,
 )
-from minisgl.messages import JsonObject
+from minisgl.http.structured import OWN_FIELD as GRAMMAR_FIELD
+from minisgl.http.structured import read_own_grammar
+from minisgl.messages import JsonObject, Logprobs
 from minisgl.sampling_params import (
     MAX_LOGIT_BIASES,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
     SamplingParams,
 )
 
@@ -153,7 +157,25 @@ SAMPLING_FIELDS = {
         BOOLEAN, default=_DEFAULTS.no_stop_trim, description="keep the stop string that matched in the text"
     ),
 }
-FIELDS = {**PROMPT_FIELDS, **SAMPLING_FIELDS}
+OWN_FIELDS = {
+    "grammar": GRAMMAR_FIELD,
+    "logprobs": field(
+        INTEGER,
+        NULL,
+        default=None,
+        description="also give the log probability of each token and those of this many likeliest tokens at its place",
+        minimum=0,
+        maximum=MAX_TOP_LOGPROBS,
+    ),
+    "prompt_logprobs_from": field(
+        INTEGER,
+        NULL,
+        default=None,
+        description="give those of the prompt's tokens too, from this one (counted from 0) on; they come with the end",
+        minimum=0,
+    ),
+}
+FIELDS = {**PROMPT_FIELDS, **SAMPLING_FIELDS, **OWN_FIELDS}
 
 
 def read(body: JsonObject, caller: Caller) -> Generation:
@@ -162,10 +184,11 @@ def read(body: JsonObject, caller: Caller) -> Generation:
     prompt = _prompt(values.pop("prompt"), values.pop("messages"), caller.model)
     stream, name_token_ids = values.pop("stream"), values.pop("return_token_ids")
     keep_steps = values.pop("return_steps")
+    values["grammar"] = read_own_grammar(values["grammar"])
     sampling = check_sampling(values, caller.model)
     wire = ServerSentEvents if caller.wants_sse else JsonLines
-    ask = Ask(caller.request_id, prompt, sampling, keep_steps)
-    return Generation([ask], make_sink(wire(name_token_ids), stream))
+    ask = Ask(caller.request_id, prompt, sampling, keep_steps, grammar_field="grammar")
+    return Generation([ask], make_sink(wire(name_token_ids, sampling.logprobs is not None), stream))
 
 
 def _prompt(prompt: str | list[int] | None, messages: list[JsonObject] | None, model: ModelSpec) -> Prompt:
@@ -187,13 +210,20 @@ class JsonLines:
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, name_token_ids: bool = False) -> None:
+    def __init__(self, name_token_ids: bool = False, logprobs: bool = False) -> None:
         self._name_token_ids = name_token_ids
+        self._logprobs = logprobs
+        self._is_plain = not (name_token_ids or logprobs)
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> str:
-        if self._name_token_ids and (text or token_ids):
-            return self._frame('{"text_delta":' + json_string(text) + f',"token_ids":{token_ids}}}')
-        return self._frame('{"text_delta":' + json_string(text) + "}") if text else ""
+        if self._is_plain:
+            return self._frame('{"text_delta":' + json_string(text) + "}") if text else ""
+        if not (text or token_ids):
+            return ""
+        more = f',"token_ids":{token_ids}' if self._name_token_ids else ""
+        if self._logprobs:
+            more += f',"logprobs":{to_json(_shown(stream.take_logprobs()))}'
+        return self._frame('{"text_delta":' + json_string(text) + more + "}")
 
     def done(self, stream: Stream) -> str:
         return self._frame(to_json({"event": "done", **_ending(stream)}))
@@ -208,7 +238,11 @@ class JsonLines:
         return self._frame(to_json({"event": "error", "code": error.code, "message": error.message})) + self.end([])
 
     def whole(self, streams: list[Stream], texts: list[str], token_ids: list[list[int]]) -> str:
-        return to_json({"text": texts[0], "token_ids": token_ids[0], **_ending(streams[0])})
+        (stream,) = streams
+        answer: JsonObject = {"text": texts[0], "token_ids": token_ids[0]}
+        if self._logprobs:
+            answer["logprobs"] = _shown(stream.take_logprobs())
+        return to_json({**answer, **_ending(stream)})
 
     def _frame(self, json_text: str) -> str:
         return json_text + "\n"
@@ -228,5 +262,28 @@ class ServerSentEvents(JsonLines):
 
 def _ending(stream: Stream) -> JsonObject:
     matched = {} if stream.matched is None else {"matched": stream.matched}
+    asked_of_prompt = stream.sampling.prompt_logprobs_from is not None
+    of_prompt = {"prompt_logprobs": _shown(stream.prompt_logprobs)} if asked_of_prompt else {}
     finish_reason = stream.finish.name.lower()
-    return {"finish_reason": finish_reason, **matched, "usage": stream.usage(), "timing": stream.timing()}
+    return {
+        "finish_reason": finish_reason,
+        **matched,
+        **of_prompt,
+        "usage": stream.usage(),
+        "timing": stream.timing(),
+    }
+
+
+def _shown(parts: list[Logprobs]) -> list[JsonObject]:
+    """Tokens with their log probabilities, each with the likeliest ones at its place."""
+    return [
+        {
+            **_token(token.token_id, token.piece, token.value),
+            "top": [_token(rival.token_id, rival.piece, rival.value) for rival in token.top],
+        }
+        for token in each_token(parts)
+    ]
+
+
+def _token(token_id: int, piece: bytes, value: float | None) -> JsonObject:
+    return {"id": token_id, "text": text_of(piece), "logprob": value}

@@ -20,8 +20,10 @@ from minisgl.http.schemas import (
     Field,
     field,
 )
+from minisgl.http.structured import OPENAI_FIELDS
 
 MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
 
 INTERNAL_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 _SAME_NAMES = (
@@ -53,12 +55,22 @@ _COMMON = {
     "model": field(STRING, default=None, description="the served model's name; may be left out"),
     "stream": field(BOOLEAN, default=False, description="send the text as it is generated"),
     "stream_options": field(
-        OBJECT, default=None, description="include_usage: close the stream with a chunk that has the token counts"
+        OBJECT,
+        default=None,
+        description="include_usage: close the stream with a chunk that has the token counts; continuous_usage_stats: "
+        "every chunk has the counts so far",
+        properties={
+            "include_usage": {"type": ["boolean", "null"]},
+            "continuous_usage_stats": {"type": ["boolean", "null"]},
+            "include_obfuscation": {"enum": [False, None]},
+        },
+        additionalProperties=False,
     ),
     "n": field(INTEGER, default=1, description="answers per prompt", minimum=1, maximum=MAX_CHOICES),
     "max_tokens": SAMPLING_FIELDS["max_new_tokens"],
     "min_tokens": SAMPLING_FIELDS["min_new_tokens"],
     **{name: SAMPLING_FIELDS[name] for name in _SAME_NAMES},
+    **OPENAI_FIELDS,
     "include_stop_str_in_output": field(BOOLEAN, default=False, description="vLLM's name for no_stop_trim"),
     "rid": field(STRING, default=None, description="id of the request, for /abort_request", minLength=1),
     "user": field(STRING, default=None, description="no effect: this server keeps no accounts"),
@@ -72,6 +84,23 @@ CHAT_FIELDS = _nullable(
         **_COMMON,
         "max_tokens": replace(SAMPLING_FIELDS["max_new_tokens"], default=None),
         "max_completion_tokens": replace(SAMPLING_FIELDS["max_new_tokens"], default=None),
+        "logprobs": field(BOOLEAN, default=False, description="also give the log probability of each token"),
+        "top_logprobs": field(
+            INTEGER,
+            default=0,
+            description="with logprobs: and those of this many likeliest tokens at its place",
+            minimum=0,
+            maximum=MAX_TOP_LOGPROBS,
+        ),
+        "add_generation_prompt": field(
+            BOOLEAN,
+            default=None,
+            description="let the chat template begin the answer; true unless the last message is continued",
+        ),
+        "continue_final_message": field(
+            BOOLEAN, default=False, description="continue the last message, which is the assistant's"
+        ),
+        "chat_template_kwargs": field(OBJECT, default=None, description="variables for the model's chat template"),
     }
 )
 COMPLETION_FIELDS = _nullable(
@@ -80,15 +109,27 @@ COMPLETION_FIELDS = _nullable(
             STRING, STRINGS, TOKEN_IDS, TOKEN_ID_LISTS, default=None, description="one or several texts or lists of ids"
         ),
         **_COMMON,
-        "max_tokens": replace(SAMPLING_FIELDS["max_new_tokens"], default=16),
+        "max_tokens": field(
+            INTEGER,
+            default=16,
+            description="tokens to generate at most; 0 only reads the prompt",
+            minimum=0,
+        ),
+        "logprobs": field(
+            INTEGER,
+            default=None,
+            description="also give the log probabilities of each token and of this many likeliest ones at its place; "
+            "with echo, those of the prompt too",
+            minimum=0,
+            maximum=MAX_TOP_LOGPROBS,
+        ),
         "best_of": field(INTEGER, default=None, description="only the number of answers itself, n, or 1"),
-        "echo": field(BOOLEAN, default=False, description="begin each answer with its prompt, which must be text"),
+        "echo": field(BOOLEAN, default=False, description="begin each answer with its prompt"),
     }
 )
 
 _ONLY_NULL: Sequence[Any] = ()
 _HARMLESS: dict[str, Sequence[Any]] = {
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "priority": (0,),
@@ -109,24 +150,15 @@ _HARMLESS: dict[str, Sequence[Any]] = {
             "custom_logit_processor",
             "custom_params",
             "data_parallel_rank",
-            "ebnf",
             "extra_key",
-            "guided_choice",
-            "guided_grammar",
-            "guided_json",
-            "guided_regex",
-            "json_schema",
             "kv_transfer_params",
             "lora_path",
             "prompt_logprobs",
-            "regex",
             "routed_dp_rank",
             "session_id",
             "session_params",
             "stop_regex",
             "stream_interval",
-            "structural_tag",
-            "structured_outputs",
             "truncate_prompt_tokens",
             "vllm_xargs",
         ),
@@ -136,8 +168,6 @@ _HARMLESS: dict[str, Sequence[Any]] = {
 CHAT_HARMLESS: dict[str, Sequence[Any]] = {
     **_HARMLESS,
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -146,10 +176,7 @@ CHAT_HARMLESS: dict[str, Sequence[Any]] = {
     "modalities": (["text"],),
     "documents": ([],),
     "echo": (False,),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
-    "chat_template_kwargs": ({},),
     "separate_reasoning": (False,),
     **dict.fromkeys(
         (
@@ -168,7 +195,6 @@ CHAT_HARMLESS: dict[str, Sequence[Any]] = {
 }
 COMPLETION_HARMLESS: dict[str, Sequence[Any]] = {
     **_HARMLESS,
-    "logprobs": _ONLY_NULL,
     "suffix": ("",),
     "add_special_tokens": (True,),
 }

@@ -8,7 +8,7 @@ from typing import Any
 from minisgl.config import ModelSpec
 from minisgl.http.answers import Prompt, Sink, WholeAnswer
 from minisgl.http.errors import ApiError
-from minisgl.http.generation import Ask, Caller, Generation, check_sampling, samples
+from minisgl.http.generation import Ask, Caller, Generation, check_sampling, samples, to_read_only
 from minisgl.http.native import SAMPLING_FIELDS
 from minisgl.http.schemas import (
     BOOLEAN,
@@ -25,23 +25,47 @@ from minisgl.http.schemas import (
     read_fields,
     without_unsupported,
 )
-from minisgl.http.sglang_wire import CumulativeStream, SglangWire
+from minisgl.http.sglang_wire import CumulativeLogprobs, CumulativeStream, SglangWire
+from minisgl.http.structured import SGLANG_FIELDS, read_grammar
 from minisgl.messages import JsonObject
-from minisgl.sampling_params import SamplingParams
+from minisgl.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_SAMPLES = 128
 
-_OBJECTS = Kind(
-    "a list of objects",
-    {"type": "array", "items": {"type": "object"}},
-    lambda value: type(value) is list and all(map(OBJECT.accepts, value)),
-)
+
+def _lists(plural: str, kind: Kind) -> Kind:
+    """Lists of one value for each text."""
+    schema = {"type": "array", "items": kind.schema}
+    return Kind(f"a list of {plural}", schema, lambda value: type(value) is list and all(map(kind.accepts, value)))
+
+
+_OBJECTS = _lists("objects", OBJECT)
+_INTEGERS = _lists("integers", INTEGER)
 FIELDS = {
     "text": field(STRING, STRINGS, default=None, description="one or several texts to continue"),
     "input_ids": field(TOKEN_IDS, TOKEN_ID_LISTS, default=None, description="the same as token ids"),
     "sampling_params": field(OBJECT, _OBJECTS, default=None, description="for all texts, or one object for each"),
     "stream": field(BOOLEAN, default=False, description="send the text so far, again and again, as it is generated"),
     "rid": field(STRING, STRINGS, default=None, description="ids of the requests, for /abort_request"),
+    "return_logprob": field(
+        BOOLEAN, _lists("booleans", BOOLEAN), default=False, description="also give the log probability of each token"
+    ),
+    "logprob_start_len": field(
+        INTEGER,
+        _INTEGERS,
+        default=-1,
+        description="with return_logprob: give those of the prompt too, from this token on; -1 for none of them",
+        minimum=-1,
+    ),
+    "top_logprobs_num": field(
+        INTEGER,
+        _INTEGERS,
+        default=0,
+        description="with return_logprob: and those of this many likeliest tokens at each place",
+        minimum=0,
+        maximum=MAX_TOP_LOGPROBS,
+    ),
+    "return_text_in_logprobs": field(BOOLEAN, default=False, description="with return_logprob: name the tokens"),
 }
 ABORT_FIELDS = {
     "rid": field(STRING, NULL, default=None, description="the request's rid or X-Request-Id"),
@@ -57,14 +81,13 @@ SAMPLING = {
     ),
     "sampling_seed": SAMPLING_FIELDS["seed"],
     "n": field(INTEGER, default=1, description="answers per text", minimum=1, maximum=MAX_SAMPLES),
+    **SGLANG_FIELDS,
 }
 
 _ONLY_NULL: Sequence[Any] = ()
 HARMLESS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(
         (
-            "return_logprob",
-            "return_text_in_logprobs",
             "return_hidden_states",
             "return_routed_experts",
             "return_indexer_topk",
@@ -81,8 +104,6 @@ HARMLESS: dict[str, Sequence[Any]] = {
         ),
         (False,),
     ),
-    "logprob_start_len": (-1, 0),
-    "top_logprobs_num": (0,),
     "routed_experts_start_len": (0,),
     "log_metrics": (True,),
     "modalities": ([], ["text"]),
@@ -116,9 +137,7 @@ HARMLESS: dict[str, Sequence[Any]] = {
 SAMPLING_HARMLESS: dict[str, Sequence[Any]] = {
     "spaces_between_special_tokens": (True,),
     "stop_regex": ([],),
-    **dict.fromkeys(
-        ("beam_width", "custom_params", "ebnf", "json_schema", "regex", "stream_interval", "structural_tag"), _ONLY_NULL
-    ),
+    **dict.fromkeys(("beam_width", "custom_params", "stream_interval"), _ONLY_NULL),
 }
 """Fields that exist and are not served, with the values that ask for nothing; null always does."""
 
@@ -131,22 +150,55 @@ def read(body: JsonObject, caller: Caller) -> Generation:
     values = read_fields(without_unsupported(body, FIELDS, HARMLESS), FIELDS)
     prompts, is_list = _prompts(values["text"], values["input_ids"], caller.model)
     names = _names(values["rid"] or caller.request_id, len(prompts), is_list)
-    params = values["sampling_params"]
-    if not isinstance(params, list):
-        params = [params or {}] * len(prompts)
-    if len(params) != len(prompts):
-        each = f"send one object in sampling_params, or one for each of the {len(prompts)} texts; got {len(params)}"
-        raise ApiError(400, "invalid_value", each, param="sampling_params")
+    given = values["sampling_params"]
+    params = _each("sampling_params", {} if given is None else given, len(prompts))
+    logprobs = _logprobs(values, prompts)
     asks: list[Ask] = []
-    prefill_only: set[int] = set()
-    for name, prompt, given in zip(names, prompts, params, strict=True):
-        sampling, count, is_prefill = _sampling(given, caller.model)
-        if is_prefill:
-            prefill_only.update(range(len(asks), len(asks) + count))
-        asks += [Ask(name, prompt, sample) for sample in samples(sampling, count)]
-    wire = SglangWire(len(asks), is_list or len(asks) > 1, prefill_only)
+    shown_logprobs: dict[int, CumulativeLogprobs] = {}
+    for name, prompt, param, extra in zip(names, prompts, params, logprobs, strict=True):
+        own, count, reads_only = _sampling(param)
+        grammar_field, grammar = read_grammar(param)
+        own |= {"grammar": grammar, **extra}
+        called = {"seed": "sampling_seed", "logprobs": "top_logprobs_num", "grammar": grammar_field or "grammar"}
+        sampling = check_sampling(own, caller.model, called)
+        for sample in samples(sampling, count):
+            if sampling.logprobs is not None:
+                shown = CumulativeLogprobs(sampling.logprobs > 0, values["return_text_in_logprobs"])
+                shown_logprobs[len(asks)] = shown
+            asks.append(Ask(name, prompt, sample, grammar_field=grammar_field, reads_only=reads_only))
+    wire = SglangWire(len(asks), is_list or len(asks) > 1, shown_logprobs)
     sink: Sink = CumulativeStream(wire, len(asks)) if values["stream"] else WholeAnswer(wire, len(asks))
     return Generation(asks, sink)
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """The value for each of `count` texts."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        each = f"send one value in {name}, or a list of one for each of the {count} texts; got {len(value)}"
+        raise ApiError(400, "invalid_value", each, param=name)
+    return value
+
+
+def _logprobs(values: JsonObject, prompts: list[Prompt]) -> list[JsonObject]:
+    """For each text what SamplingParams says of log probabilities."""
+    names = ("return_logprob", "logprob_start_len", "top_logprobs_num")
+    columns = zip(prompts, *(_each(name, values[name], len(prompts)) for name in names), strict=True)
+    return [_asked_logprobs(*row) for row in columns]
+
+
+def _asked_logprobs(prompt: Prompt, asked: bool, start: int, top: int) -> JsonObject:
+    if start < -1 or (isinstance(prompt, list) and start > len(prompt)):
+        within = "logprob_start_len must be a place in the prompt, or -1 for none of it"
+        raise ApiError(400, "invalid_value", f"{within}; got {start}", param="logprob_start_len")
+    if not asked:
+        # sglang's clients send 0 and -1 whether they want any or not.
+        if top or start > 0:
+            field = "top_logprobs_num" if top else "logprob_start_len"
+            raise ApiError(400, "invalid_value", f"{field} needs return_logprob=true", param=field)
+        return {}
+    return {"logprobs": top, "prompt_logprobs_from": None if start == -1 else start}
 
 
 def _prompts(text: Any, input_ids: Any, model: ModelSpec) -> tuple[list[Prompt], bool]:
@@ -175,7 +227,7 @@ def _names(rid: str | list[str], count: int, is_list: bool) -> list[str]:
     return names
 
 
-def _sampling(given: JsonObject, model: ModelSpec) -> tuple[SamplingParams, int, bool]:
+def _sampling(given: JsonObject) -> tuple[JsonObject, int, bool]:
     """The sampling of one text, how many answers it gets, and whether its prompt is only to be read."""
     values = read_fields(without_unsupported(given, SAMPLING, SAMPLING_HARMLESS), SAMPLING)
     if given.get("max_new_tokens", 0) is None:
@@ -184,11 +236,8 @@ def _sampling(given: JsonObject, model: ModelSpec) -> tuple[SamplingParams, int,
     if not 1 <= count <= MAX_SAMPLES:
         raise ApiError(400, "invalid_value", f"n must be from 1 to {MAX_SAMPLES}, got {count}", param="n")
     values["seed"] = values.pop("sampling_seed")
-    is_prefill = values["max_new_tokens"] == 0
-    if is_prefill:
-        # The first token comes with the prefill anyway; it is generated and not shown.
-        values |= {"max_new_tokens": 1, "min_new_tokens": 0, "ignore_eos": True, "stop": None, "stop_token_ids": None}
-    return check_sampling(values, model, {"seed": "sampling_seed"}), count, is_prefill
+    own, reads_only = to_read_only(values, "max_new_tokens")
+    return {name: value for name, value in own.items() if name not in SGLANG_FIELDS}, count, reads_only
 
 
 def read_abort(body: JsonObject) -> str | None:

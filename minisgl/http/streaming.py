@@ -128,6 +128,8 @@ class Streams:
         arrived = now()
         self.figures.take(batch)
         openings = {opening.row: opening for opening in batch.openings}
+        if batch.logprobs:
+            self._take_logprobs(batch)
         columns = zip(batch.rids, batch.texts, batch.token_counts, batch.finishes, strict=True)
         end = 0
         for row, (rid, text, token_count, finish) in enumerate(columns):
@@ -137,13 +139,15 @@ class Streams:
                 self.late_rows += 1
                 continue
             if not stream.aborting:
+                if stream.reads_only:
+                    text, token_count = "", 0
                 if row in openings:
                     _begin(stream, openings[row], arrived, token_count)
                 stream.completion_tokens += token_count
                 stream.last_ns = arrived
                 if stream.steps_ns is not None:
                     stream.steps_ns += batch.steps_ns
-                stream.sink.delta(stream, text, batch.token_ids[begin:end])
+                stream.sink.delta(stream, text, batch.token_ids[begin : begin + token_count])
                 self._dirty[stream] = None
             if finish:
                 del self._table[rid]
@@ -158,7 +162,10 @@ class Streams:
         elif stream.aborting:
             del self._table[error.rid]
         else:
-            self._fail(stream, ApiError.from_ring(error))
+            refusal = ApiError.from_ring(error)
+            if refusal.code == "invalid_grammar":
+                refusal.param = stream.grammar_field
+            self._fail(stream, refusal)
 
     def take_dispatched(self, message: Dispatched) -> None:
         dead = self._lives.is_dead(f"scheduler-{message.replica}", message.epoch)
@@ -202,6 +209,16 @@ class Streams:
             stream.sink.flush(stream)
         self._dirty.clear()
 
+    def _take_logprobs(self, batch: DeltaBatch) -> None:
+        for part in batch.logprobs:
+            stream = self._table.get(batch.rids[part.row])
+            if stream is None or stream.aborting:
+                continue
+            if part.of_prompt:
+                stream.prompt_logprobs.append(part)
+            elif not stream.reads_only:
+                stream.logprobs.append(part)
+
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def drop_stalled(self) -> None:
@@ -228,7 +245,8 @@ class Streams:
         """Give the stream a ring id and send it on; messages for a tokenizer that is down wait in Peers."""
         stream.rid = make_request_id(self._spec.index, self._spec.epoch, next(self._counter))
         stream.stamps = [stream.call.received_ns, now()]
-        request = GenerateRequest(stream.rid, stream.prompt, stream.sampling, list(stream.stamps))
+        template = stream.template or {}
+        request = GenerateRequest(stream.rid, stream.prompt, stream.sampling, list(stream.stamps), template)
         self._tokenizers.send(stream.rid % self._spec.config.tokenizer_workers, request)
         self._table[stream.rid] = stream
         if self._narrate:

@@ -64,7 +64,7 @@ def test_models(client: Any) -> None:
     [
         ({"model": "other"}, "NotFoundError", "model_not_found", "model"),
         ({"temperature": -1}, "BadRequestError", "invalid_value", "temperature"),
-        ({"logprobs": True}, "BadRequestError", "unsupported_field", "logprobs"),
+        ({"store": True}, "BadRequestError", "unsupported_field", "store"),
         ({"extra_body": {"bogus": 1}}, "BadRequestError", "unknown_field", "bogus"),
         ({"messages": []}, "BadRequestError", "invalid_value", "messages"),
         ({"extra_headers": {"Authorization": "Bearer wrong"}}, "AuthenticationError", "invalid_api_key", None),
