@@ -44,7 +44,7 @@ class TokenTexts:
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        decoders = _decoder_types(tokenizer)
+        decoders = decoder_types(tokenizer)
         self._byte_level: dict[bool, _ByteLevelTable] = {}
         if decoders == ["ByteLevel"]:
             everything = _ByteLevelTable.of(vocabulary)
@@ -210,7 +210,7 @@ class WindowText:
         return self._give_out(context=1) if self._held else ""
 
 
-def _decoder_types(tokenizer: Tokenizer) -> list[str]:
+def decoder_types(tokenizer: Tokenizer) -> list[str]:
     """The type names of the tokenizer's decoder and of its parts."""
     if tokenizer.decoder is None:
         return []
