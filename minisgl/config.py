@@ -112,9 +112,13 @@ class ServerConfig:
     narrate: bool = _flag(False, "log the whole life of every request: prefill, every decode step, every chunk")
 
     # processes
-    http_workers: int = _flag(1, "http processes")
+    http_workers: int = _flag(
+        0, "http processes; 0 chooses: one per four CPUs on a GPU host, at most four per GPU, elsewhere one"
+    )
     tokenizer_workers: int = _flag(1, "tokenizer processes", "--tokenizer-worker-num")
-    detokenizer_workers: int = _flag(1, "detokenizer processes")
+    detokenizer_workers: int = _flag(
+        0, "detokenizer processes; 0 chooses: one per two GPUs if there are eight CPUs for each, else one"
+    )
     load_balance_method: str = _flag("round_robin", "which replica takes the next request", choices=("round_robin",))
     startup_timeout: float = _flag(600.0, "seconds a worker may take to load and warm up")
     drain_timeout: float = _flag(60.0, "seconds running requests get to finish after SIGTERM")
@@ -141,8 +145,10 @@ class ServerConfig:
     disable_cuda_graph: bool = _flag(False, "run every step kernel by kernel (slower; for debugging)")
 
     def __post_init__(self) -> None:
-        for name in ("http_workers", "tokenizer_workers", "detokenizer_workers", "max_queued_requests"):
+        for name in ("tokenizer_workers", "max_queued_requests"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("http_workers", "detokenizer_workers"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in (
             "dp_size",
             "page_size",

@@ -1,9 +1,10 @@
-"""What a launch needs of its host: the listening port, a run directory for the sockets, the number of GPUs."""
+"""What a launch needs of its host: listening port, run directory for the sockets, numbers of GPUs and workers."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import importlib.metadata
@@ -148,6 +149,47 @@ def _remove_sockets(path: Path) -> None:
             entry.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         path.rmdir()
+
+
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+_CPUS_PER_HTTP_WORKER, _MOST_HTTP_WORKERS_PER_GPU, _MOST_HTTP_WORKERS = 4, 4, 16
+_CPUS_PER_DETOKENIZER, _GPUS_PER_DETOKENIZER = 8, 2
+
+
+def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = None) -> ServerConfig:
+    """The settings with numbers of http and detokenizer workers; those that were given stay.
+
+    A GPU makes up to 90,000 tokens a second of a small model. One takes http some 6 to 10 us of a core, and the
+    detokenizer 2 to 3 (bench/ENGINE_LOG.md, delivery path): four http workers are a third busy then, which leaves them
+    free to parse a burst of requests at once, and one detokenizer does for two GPUs. A model on the CPU is far slower
+    than one worker of each, and wants the cores for itself.
+
+    Args:
+        replicas: schedulers.
+        cpus: that this process may use (None: finds out).
+    """
+    cpus = usable_cpus() if cpus is None else cpus
+    on_gpu = config.device not in ("cpu", "mps") and cuda_device_count(os.environ) > 0
+    http = detokenizers = 1
+    if on_gpu:
+        most = min(_MOST_HTTP_WORKERS_PER_GPU * replicas, _MOST_HTTP_WORKERS)
+        http = max(1, min(cpus // _CPUS_PER_HTTP_WORKER, most))
+        detokenizers = max(1, min(cpus // _CPUS_PER_DETOKENIZER, -(-replicas // _GPUS_PER_DETOKENIZER)))
+    return dataclasses.replace(
+        config,
+        http_workers=config.http_workers or http,
+        detokenizer_workers=config.detokenizer_workers or detokenizers,
+    )
+
+
+def usable_cpus() -> int:
+    """CPUs (hardware threads) that this process may use: its affinity, and its control group's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, max(1, int(quota) // int(period)))
+    return cpus
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from minisgl.config import ConfigError, ModelSpec, ServerConfig, parse_args
-from minisgl.host import bind_listen_sockets, listen, replica_count, run_directory
+from minisgl.host import bind_listen_sockets, listen, replica_count, run_directory, with_worker_counts
 from minisgl.launch_view import LaunchView, open_view, ready_notice
 from minisgl.launcher import EntryPoint, LaunchFailed, LocalLauncher
 from minisgl.log import setup_logging
@@ -57,6 +57,8 @@ def run(
     setup_logging("launcher", config.log_level)
     view = view or open_view()
     try:
+        replicas = replica_count(config)
+        config = with_worker_counts(config, replicas)
         sockets = bind_listen_sockets(config.host, config.port, config.http_workers)
         config = dataclasses.replace(config, port=sockets[0].getsockname()[1])
         view.progress("model", "resolving the model", 0, 0)
@@ -65,7 +67,7 @@ def run(
         with run_directory() as run_dir:
             launcher = LocalLauncher(run_dir, sockets, entry_point)
             try:
-                return asyncio.run(_serve(config, model, launcher, sockets, view, announce, started))
+                return asyncio.run(_serve(config, model, replicas, launcher, sockets, view, announce, started))
             finally:
                 launcher.close()
     except (LaunchFailed, ModelNotFound, ConfigError) as error:
@@ -83,13 +85,13 @@ def run(
 async def _serve(
     config: ServerConfig,
     model: ModelSpec,
+    replicas: int,
     launcher: LocalLauncher,
     sockets: list[socket.socket],
     view: LaunchView,
     announce: Announce,
     started: float,
 ) -> int:
-    replicas = replica_count(config)
     supervisor = Supervisor(config, model, replicas, launcher, view.progress)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -14,7 +14,14 @@ import pytest
 
 from minisgl import host
 from minisgl.config import ServerConfig
-from minisgl.host import bind_listen_sockets, cuda_device_count, listen, replica_count, run_directory
+from minisgl.host import (
+    bind_listen_sockets,
+    cuda_device_count,
+    listen,
+    replica_count,
+    run_directory,
+    with_worker_counts,
+)
 from minisgl.launcher import LaunchFailed
 
 
@@ -153,6 +160,37 @@ def test_the_number_of_replicas(
     monkeypatch.setattr(host, "_driver_device_count", lambda: devices)
     monkeypatch.setattr(host.importlib.metadata, "version", lambda name: "2.9.0")
     assert replica_count(ServerConfig(**settings), env) == replicas  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "cores", "http", "detokenizers"),
+    [
+        ({}, 1, 16, 4, 1),
+        ({}, 1, 64, 4, 1),
+        ({}, 1, 8, 2, 1),
+        ({}, 1, 4, 1, 1),
+        ({}, 1, 2, 1, 1),
+        ({}, 2, 32, 8, 1),
+        ({}, 8, 128, 16, 4),
+        ({}, 8, 16, 4, 2),
+        ({"device": "cpu"}, 1, 64, 1, 1),
+        ({}, 0, 64, 1, 1),
+        ({"http_workers": 3, "detokenizer_workers": 2}, 1, 16, 3, 2),
+        ({"http_workers": 1}, 1, 16, 1, 1),
+        ({"http_workers": 2, "device": "cpu"}, 0, 1, 2, 1),
+    ],
+)
+def test_the_number_of_workers(
+    settings: dict[str, object],
+    gpus: int,
+    cores: int,
+    http: int,
+    detokenizers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "cuda_device_count", lambda env: gpus)
+    config = with_worker_counts(ServerConfig(**settings), max(1, gpus), cores)  # type: ignore[arg-type]
+    assert (config.http_workers, config.detokenizer_workers) == (http, detokenizers)
 
 
 def test_a_cpu_build_of_torch_has_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:

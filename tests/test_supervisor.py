@@ -72,7 +72,8 @@ class Stack:
 async def stack(orders: Path, replicas: int = 1, **settings: Any) -> AsyncIterator[Stack]:
     with run_directory() as run_dir:
         launcher = LocalLauncher(run_dir, [None] * 4, entry_point=run_standin)  # type: ignore[list-item]
-        running = Stack(orders, run_dir, launcher, ServerConfig(**settings), replicas)
+        config = ServerConfig(**{"http_workers": 1, "detokenizer_workers": 1, **settings})
+        running = Stack(orders, run_dir, launcher, config, replicas)
         try:
             yield running
         finally:

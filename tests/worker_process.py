@@ -44,7 +44,7 @@ class Wiring:
             ipc_address(self.directory, name, 1),
             ipc_address(self.directory, "supervisor", 1),
             replicas,
-            ServerConfig(**settings),
+            ServerConfig(**{"http_workers": 1, "detokenizer_workers": 1, **settings}),
             model,
         )
 

@@ -50,7 +50,7 @@ class Rig:
 
     def __init__(self, sampling_defaults: dict[str, Any] | None = None, **config: Any) -> None:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
-        self.config = ServerConfig(**{"port": 0, **config})
+        self.config = ServerConfig(**{"port": 0, "http_workers": 1, "detokenizer_workers": 1, **config})
         control = ipc_address(self.run_dir.name, "supervisor", 1)
         self.supervisor = Inbox(control, {Hello, Progress, Ready, Heartbeat, Failed})
         self.epochs = {"scheduler-0": 1, "scheduler-1": 1}
