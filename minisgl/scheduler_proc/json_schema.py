@@ -13,39 +13,19 @@ from typing import Any
 
 Node = dict[str, Any]
 
-_OBJECT = frozenset(
-    [
-        "properties",
-        "required",
-        "additionalProperties",
-        "patternProperties",
-        "propertyNames",
-        "minProperties",
-        "maxProperties",
-        "unevaluatedProperties",
-    ]
-)
-_ARRAY = frozenset(("items", "prefixItems", "minItems", "maxItems", "unevaluatedItems"))
-_STRING = frozenset(("minLength", "maxLength", "pattern", "format"))
-_NUMBER = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
+_OBJECT = {
+    *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
+    *("minProperties", "maxProperties", "unevaluatedProperties"),
+}
+_ARRAY = {"items", "prefixItems", "minItems", "maxItems", "unevaluatedItems"}
+_STRING = {"minLength", "maxLength", "pattern", "format"}
+_NUMBER = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _TYPED = {"object": _OBJECT, "array": _ARRAY, "string": _STRING, "number": _NUMBER}
 _RULES = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
-_REFUSED = frozenset(
-    [
-        "not",
-        "if",
-        "then",
-        "else",
-        "contains",
-        "uniqueItems",
-        "dependentRequired",
-        "dependentSchemas",
-        "dependencies",
-        "additionalItems",
-        "$dynamicRef",
-        "$recursiveRef",
-    ]
-)
+_REFUSED = {
+    *("not", "if", "then", "else", "contains", "uniqueItems", "additionalItems"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"),
+}
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -149,7 +129,7 @@ class _Rewriter:
 
     def _rewrite_rule(self, node: Node, rules: list[str], place: str) -> None:
         rule = rules[0]
-        beside = rules[1:] + sorted(frozenset().union(*_TYPED.values()) & node.keys())
+        beside = rules[1:] + sorted(set().union(*_TYPED.values()) & node.keys())
         if rule in ("const", "enum"):
             if not isinstance(node.get("enum", []), list):
                 raise UnsupportedSchema(f"{place}: enum must be an array")
