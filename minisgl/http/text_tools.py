@@ -77,10 +77,14 @@ async def tokenize(body: JsonObject, caller: Caller, questions: Questions) -> Js
     misplaced = next((name for name in given if name in _CHAT_NAMES), None)
     if prompt is not None and misplaced:
         raise ApiError(400, "invalid_value", f"{misplaced} belongs to 'messages', not to 'prompt'", param=misplaced)
-    prompts = prompt if isinstance(prompt, list) else [prompt] if messages is None else [_chat(given, caller)]
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    template: JsonObject = {}
+    if messages is not None:
+        chat, template = _chat(given, caller)
+        prompts = [chat]
     _check_count("prompt", len(prompts))
     asked = (
-        questions.text(partial(TokenizeRequest, prompt=one, template={}, add_special_tokens=add_special_tokens))
+        questions.text(partial(TokenizeRequest, prompt=one, template=template, add_special_tokens=add_special_tokens))
         for one in prompts
     )
     tokens = [answer.token_ids for answer in await asyncio.gather(*asked)]
@@ -113,11 +117,11 @@ async def detokenize(body: JsonObject, caller: Caller, questions: Questions) -> 
     return {"text": text, "prompt": text}
 
 
-def _chat(given: JsonObject, caller: Caller) -> list[JsonObject]:
-    """The messages of a chat, checked as those of a chat completion are."""
+def _chat(given: JsonObject, caller: Caller) -> tuple[list[JsonObject], JsonObject]:
+    """The messages of a chat and its template's variables, checked as those of a chat completion are."""
     chat = {name: value for name, value in given.items() if name in _CHAT_NAMES}
-    prompt = read_chat(chat, caller).asks[0].prompt
-    return [message for message in prompt if isinstance(message, dict)]
+    ask = read_chat(chat, caller).asks[0]
+    return [message for message in ask.prompt if isinstance(message, dict)], ask.template or {}
 
 
 def _check_count(name: str, count: int) -> None:

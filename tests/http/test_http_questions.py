@@ -77,6 +77,11 @@ def test_a_chat_is_rendered_before_it_is_tokenized(rig: Rig) -> None:
         assert (asked.prompt, asked.add_special_tokens) == (MESSAGES, add)
         rig.ring.send(TextAnswer(asked.rid, "<user>Hi", [1, 2, 3]))
         assert json_of(connection)["count"] == 3
+    connection = rig.post({"messages": MESSAGES, "add_generation_prompt": False}, "/tokenize")
+    asked = rig.from_http(TokenizeRequest)
+    assert asked.template == {"add_generation_prompt": False}
+    rig.ring.send(TextAnswer(asked.rid, "<user>Hi", [1]))
+    assert json_of(connection)["count"] == 1
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
@@ -111,6 +116,8 @@ def test_several_lists_of_token_ids_are_answered_by_a_list(rig: Rig) -> None:
         ("/tokenize", {"prompt": "Hi", "return_token_strs": True}, 400, "return_token_strs"),
         ("/tokenize", {"prompt": "Hi", "tokens": [1]}, 400, "tokens"),
         ("/tokenize", {"prompt": "Hi", "continue_final_message": True}, 400, "continue_final_message"),
+        ("/tokenize", {"messages": MESSAGES, "continue_final_message": True}, 400, "continue_final_message"),
+        ("/tokenize", {"messages": MESSAGES, "max_tokens": 5}, 400, "max_tokens"),
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages"),
         ("/tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
