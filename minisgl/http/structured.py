@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from minisgl.grammars import choice_grammar
 from minisgl.http.errors import ApiError
 from minisgl.http.schemas import NULL, OBJECT, STRING, STRINGS, Field, field
 from minisgl.messages import JsonObject
@@ -121,7 +122,7 @@ def _text(place: str, value: Any) -> str:
 def _choice(place: str, value: Any) -> Grammar:
     if type(value) is not list or not value or not all(type(text) is str and text for text in value):
         raise _refusal(place, "must be a list of texts, none of them empty")
-    return Grammar("ebnf", "root ::= " + " | ".join(orjson.dumps(text).decode() for text in value))
+    return choice_grammar(value)
 
 
 def _structural_tag(place: str, value: Any) -> Grammar:
