@@ -39,5 +39,10 @@ class HealthView:
             return [f"the supervisor has been silent for {silence:.1f} s", *self._last.problems]
         return self._last.problems
 
+    def streams_of_others(self, name: str) -> int:
+        """Requests that http workers other than `name` had in flight when they last told."""
+        others = (entry for other, entry in self.workers().items() if other.startswith("http-") and other != name)
+        return sum(entry.get("stats", {}).get("streams", 0) for entry in others)
+
     def workers(self) -> JsonObject:
         return self._last.workers if self._last is not None else {}

@@ -142,6 +142,7 @@ class HttpProcess:
             self._streams.abort_named(message.name or None)
         elif isinstance(message, Health):
             self._health.take(message)
+            self._streams.elsewhere = self._health.streams_of_others(self._worker.spec.name)
         elif isinstance(message, Drain):
             self._streams.draining = "draining"
         elif isinstance(message, Shutdown):

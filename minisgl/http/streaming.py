@@ -50,6 +50,7 @@ class Streams:
 
     Attributes:
         draining: why new requests are refused ("" while they are not).
+        elsewhere: requests that the other http workers have in flight.
         figures: what the requests took, for GET /metrics.
         replayed: requests sent again after a death.
         late_rows: rows and errors for ids that nobody waits for any more.
@@ -57,6 +58,7 @@ class Streams:
 
     def __init__(self, spec: WorkerSpec, tracer: RequestTracer | None = None) -> None:
         self.draining = ""
+        self.elsewhere = 0
         self.figures = Figures()
         self._tracer = tracer
         self.replayed = 0
@@ -89,7 +91,7 @@ class Streams:
         if count > limit:
             too_many = f"the request asks for {count} answers, and this server takes at most {limit} at a time"
             raise ApiError(400, "too_many_answers", too_many)
-        if len(self._table) + count > limit:
+        if len(self._table) + self.elsewhere + count > limit:
             full = f"the server already has {limit} requests in flight; try again in a moment"
             raise ApiError(503, "queue_full", full, retry_after=1)
 

@@ -95,6 +95,24 @@ def test_admission_is_bounded() -> None:
         rig.stats(rejected=2, ok=3, aborted=1, in_flight=0)
 
 
+def test_admission_counts_the_requests_of_the_other_http_workers() -> None:
+    with running(max_queued_requests=3, http_workers=2) as rig:
+
+        def tell(streams: int) -> None:
+            stats = {"http-0": {"streams": 7}, "http-1": {"streams": streams}}
+            rig.ring.send(Health([], {name: {"state": "ready", "stats": told} for name, told in stats.items()}))
+            while rig.get("/health")[1]["workers"].get("http-1", {}).get("stats") != stats["http-1"]:
+                time.sleep(0.01)
+
+        tell(streams=3)
+        assert rig.error({"prompt": "x"})[1]["code"] == "queue_full"
+        tell(streams=2)
+        connection, request = rig.ask({"prompt": "x"})
+        assert rig.error({"prompt": "y"})[0] == 503
+        rig.answer(request, "ok")
+        assert connection.getresponse().status == 200
+
+
 def test_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     with running() as rig:
         connection, request = rig.ask({"prompt": "Hi"})
@@ -153,7 +171,9 @@ def test_a_failing_dispatcher_leaves_no_hole_in_a_stream() -> None:
 
 
 def test_a_client_that_stalls_for_long_is_given_up() -> None:
-    spec = WorkerSpec("http-0", "http", 0, 1, "", "", 1, ServerConfig(), ModelSpec("", "", "", 1, 1, (), ""))
+    spec = WorkerSpec(
+        "http-0", "http", 0, 1, "", "", 1, ServerConfig(http_workers=1), ModelSpec("", "", "", 1, 1, (), "")
+    )
     streams, dropped = Streams(spec), []
 
     async def never_sent(message: object) -> None:
