@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class ChatFormats:
         reasoning_parser: one of REASONING_PARSERS, or None for a model that does not reason.
         opens_thinking: the prompt ends with `<think>`, so that answers begin within reasoning.
         thinking_switches: by template variable, whether it does when that is false and when it is true.
+        takes_reasoning_effort: the template has a variable of that name.
     """
 
     tool_call_parser: str | None = None
@@ -44,6 +45,7 @@ class ChatFormats:
     reasoning_parser: str | None = None
     opens_thinking: bool = False
     thinking_switches: dict[str, list[bool]] = field(default_factory=dict)
+    takes_reasoning_effort: bool = False
 
     def begins_inside(self, variables: Mapping[str, Any]) -> bool:
         """Whether an answer to a chat with these template variables begins within reasoning."""
@@ -72,15 +74,16 @@ def find_chat_formats(
         logger.warning("--tool-call-parser %s has no effect: %s", tool_call_parser, no_tools)
     if tool_call_parser == "none":
         own, no_tools = None, "the server was started with --tool-call-parser none"
+    found = ChatFormats(own, "" if own else no_tools, takes_reasoning_effort="reasoning_effort" in source)
     reasons = "<think>" in source or "</think>" in source
     if reasoning_parser == "none" or (reasoning_parser == "auto" and not reasons):
-        return ChatFormats(own, "" if own else no_tools)
+        return found
     opens, switches = _probe(source, named_tokens) if reasons else (False, {})
     if reasoning_parser == "auto":
         reasoning_parser = "deepseek-r1" if opens and not switches else "qwen3"
     elif reasoning_parser in _ALWAYS_REASON:
         opens, switches = True, {name: [if_false, True] for name, (if_false, _) in switches.items()}
-    return ChatFormats(own, "" if own else no_tools, reasoning_parser, opens, switches)
+    return replace(found, reasoning_parser=reasoning_parser, opens_thinking=opens, thinking_switches=switches)
 
 
 def _tool_call_format(source: str) -> tuple[str | None, str]:

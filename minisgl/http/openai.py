@@ -10,6 +10,7 @@ from minisgl.config import ModelSpec
 from minisgl.http.answers import Prompt
 from minisgl.http.errors import ApiError
 from minisgl.http.generation import Ask, Caller, Generation, check_sampling, make_sink, samples, to_read_only
+from minisgl.http.message_wire import MessageWire
 from minisgl.http.openai_fields import (
     CHAT_FIELDS,
     CHAT_HARMLESS,
@@ -22,6 +23,7 @@ from minisgl.http.openai_fields import (
 from minisgl.http.openai_wire import ChatWire, CompletionWire, Reply
 from minisgl.http.schemas import check_token_ids, read_fields, without_unsupported
 from minisgl.http.structured import read_grammar
+from minisgl.http.tools import read_answer_format, read_earlier_calls
 from minisgl.messages import JsonObject
 from minisgl.sampling_params import SamplingParams
 
@@ -31,7 +33,7 @@ _TEMPLATE_FIELDS = frozenset(("messages", "tools", "documents", "add_generation_
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")
 """Fields of a message that the model's template may use."""
-_MESSAGE_UNSUPPORTED = ("tool_calls", "function_call", "audio", "refusal", "annotations")
+_MESSAGE_UNSUPPORTED = ("function_call", "audio", "refusal", "annotations")
 
 
 def read_chat(body: JsonObject, caller: Caller) -> Generation:
@@ -49,9 +51,11 @@ def read_chat(body: JsonObject, caller: Caller) -> Generation:
         raise ApiError(400, "invalid_value", "top_logprobs needs logprobs=true", param="top_logprobs")
     given["logprobs"] = top if values["logprobs"] else None
     sampling, grammar_field = _sampling(given, caller.model, caller.model.sampling_defaults)
-    reply, name = _reply("chatcmpl-", values, sampling, caller)
-    wire = ChatWire(reply)
     template = _template(values, messages)
+    sampling, answers = read_answer_format(values, messages, template, sampling, caller.model.chat_formats)
+    reply, name = _reply("chatcmpl-", values, sampling, caller)
+    wire = ChatWire(reply) if answers.is_plain else MessageWire(reply, answers)
+    template, grammar_field = {**template, **answers.template}, answers.grammar_field or grammar_field
     asks = [
         Ask(name, messages, params, template=template, grammar_field=grammar_field)
         for params in samples(sampling, reply.choices)
@@ -209,8 +213,15 @@ def _message(place: str, message: Any) -> JsonObject:
             raise refuse(f".{name} is not supported yet by this server; leave it out", "unsupported_field")
         if name in _MESSAGE_TEXTS and not isinstance(value, str | None):
             raise refuse(f".{name} must be a string")
-        if name not in ("role", "content", *_MESSAGE_TEXTS, *_MESSAGE_UNSUPPORTED):
+        if name not in ("role", "content", "tool_calls", *_MESSAGE_TEXTS, *_MESSAGE_UNSUPPORTED):
             raise refuse(f" has an unknown field {name[:64]!r}", "unknown_field")
+    kept = {name: message[name] for name in _MESSAGE_TEXTS if message.get(name) is not None}
+    if message.get("tool_calls") not in (None, []):
+        if role != "assistant":
+            raise refuse(".tool_calls are the assistant's; this message has another role")
+        kept["tool_calls"] = read_earlier_calls(f"{place}.tool_calls", message["tool_calls"])
+        if content is None:
+            return {"role": role, **kept}
     if type(content) is list:
         for index, part in enumerate(content):
             if type(part) is not dict or part.get("type") != "text" or type(part.get("text")) is not str:
@@ -220,6 +231,5 @@ def _message(place: str, message: Any) -> JsonObject:
                 raise refuse(f".content[{index}] has an unknown field {min(unknown)[:64]!r}", "unknown_field")
     elif type(content) is not str:
         raise refuse(".content must be a string or a list of text parts")
-    kept = {name: message[name] for name in _MESSAGE_TEXTS if message.get(name) is not None}
     # OpenAI renamed the role; the templates of other models know the old name alone.
     return {"role": "system" if role == "developer" else role, "content": content, **kept}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from minisgl.http import tools
 from minisgl.http.native import SAMPLING_FIELDS
 from minisgl.http.schemas import (
     BOOLEAN,
@@ -101,6 +102,7 @@ CHAT_FIELDS = _nullable(
             BOOLEAN, default=False, description="continue the last message, which is the assistant's"
         ),
         "chat_template_kwargs": field(OBJECT, default=None, description="variables for the model's chat template"),
+        **tools.FIELDS,
     }
 )
 COMPLETION_FIELDS = _nullable(
@@ -168,25 +170,19 @@ _HARMLESS: dict[str, Sequence[Any]] = {
 CHAT_HARMLESS: dict[str, Sequence[Any]] = {
     **_HARMLESS,
     "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "documents": ([],),
     "echo": (False,),
     "add_special_tokens": (False,),
-    "separate_reasoning": (False,),
+    "include_reasoning": (True,),
+    "stream_reasoning": (True,),
     **dict.fromkeys(
         (
             "audio",
             "chat_template",
-            "include_reasoning",
             "input_ids",
             "prediction",
-            "reasoning_effort",
-            "stream_reasoning",
             "verbosity",
             "web_search_options",
         ),

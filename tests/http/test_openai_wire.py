@@ -302,7 +302,6 @@ def test_values_that_ask_for_nothing_are_taken(rig: Rig, path: str, prompt: dict
     ("field", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("best_of", 2),
         ("reasoning_effort", "high"),
         ("store", True),
