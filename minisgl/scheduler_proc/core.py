@@ -11,7 +11,7 @@ from minisgl.config import ModelSpec, ServerConfig
 from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, RequestError, StreamOpen, TokenBatch, TokenizedRequest
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
-from minisgl.scheduler_proc.request import Request, StepPlan
+from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ class StepRunner(Protocol):
 
     def retire(self, step: Any) -> list[int]:
         """Wait for a launched step; one token id per row with `sample`, in row order."""
+
+    def logprobs(self, step: Any) -> list[RowLogprobs]:
+        """What rows of a retired step asked for."""
 
 
 class ReplicaCore:
@@ -98,7 +101,7 @@ class ReplicaCore:
 
     def _retire(self, plan: StepPlan, launched: int, step: Any) -> TokenBatch | None:
         token_ids = self.engine.retire(step)
-        sampled = self.scheduler.retire(plan, token_ids)
+        sampled = self.scheduler.retire(plan, token_ids, self.engine.logprobs(step))
         retired = timeline.now()
         self._steps += 1
         self._tokens_generated += len(sampled.rids)
@@ -117,6 +120,7 @@ class ReplicaCore:
             sampled.rids,
             sampled.token_ids,
             sampled.finishes,
+            sampled.logprobs,
         )
 
     def fail_all(self, status: int, code: str, message: str) -> list[RequestError]:
@@ -193,4 +197,5 @@ def _stream_open(request: Request) -> StreamOpen:
         sampling.skip_special_tokens,
         sampling.no_stop_trim,
         [*request.stamps, request.scheduled_ns or now, now],
+        sampling.min_new_tokens,
     )

@@ -20,7 +20,7 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.kernels.paged_attention import PREFILL_BLOCK_M, decode_splits, prefill_blocks
 from minisgl.scheduler_proc.models.forward_batch import Array, to_device
 from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecoder, PrefillInputs
-from minisgl.scheduler_proc.request import StepPlan, StepRow
+from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ class InputBlock:
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
-    """Logits of some rows of a step ([rows, vocab]; valid until the next replay), and their greedy choice."""
+    """Logits of some rows of a step, valid until the next replay, and the greedy choice of those that sample.
+
+    `logits` is [rows that sample + scored positions, vocab], in the order of ForwardBatch.sampled.
+    """
 
     logits: torch.Tensor
     tokens: torch.Tensor
@@ -162,16 +165,15 @@ class GraphRunner:
     # ---- steps ----
 
     def run(self, plan: StepPlan, take: Callable[[list[StepRow], StepLogits], None]) -> None:
-        """Compute a step; `take` is called with each part's sampling rows and logits, in row order, before the next
-        part overwrites them."""
+        """Compute a step; `take` is called with each part's rows and logits, in row order, before the next part
+        overwrites them. Parts of which no logits are wanted are left out."""
         decodes, chunks = plan.rows[: plan.decode_rows], plan.rows[plan.decode_rows :]
         if decodes:
             take(decodes, self._decode(decodes))
         for part in _parts(chunks):
             result = self._prefill(part)
-            sampling = [row for row in part if row.sample]
-            if sampling:
-                take(sampling, result)
+            if any(row.sample or scored_positions(row) for row in part):
+                take(part, result)
 
     def remember(self, rows: Iterable[StepRow], tokens: torch.Tensor) -> None:
         """Keep what a step has sampled ([rows], int64): the next one may be launched before the host has seen it."""
@@ -230,10 +232,14 @@ class GraphRunner:
 
     def _prefill(self, rows: list[StepRow]) -> StepLogits:
         tokens = sum(row.length for row in rows)
-        sampling = max(1, sum(row.sample for row in rows))
-        key = _prefill_key(tokens, len(rows), list(self._prefill_graphs))
+        sampling = sum(row.sample for row in rows)
+        # Graphs give each row one token's logits.
+        scores = any(scored_positions(row) for row in rows)
+        key = None if scores else _prefill_key(tokens, len(rows), list(self._prefill_graphs))
         if key is None:
-            return _greedy(self._model.prefill(self._loose_prefill_inputs(rows)))
+            logits = self._model.prefill(self._loose_prefill_inputs(rows))
+            greedy = _greedy(logits[:sampling])
+            return StepLogits(logits, greedy.tokens, greedy.finite)
         self._fill_prefill(rows, *key)
         graph, result = self._prefill_graphs[key]
         graph.replay()
@@ -270,12 +276,13 @@ class GraphRunner:
         )
 
     def _prefill_columns(self, rows: list[StepRow], tokens: int, sampling: int, blocks: int) -> dict[str, Array]:
-        """The input arrays of some chunks, padded to `tokens`, `sampling` rows and `blocks` blocks."""
+        """The input arrays of some chunks, padded to `tokens`, `sampling` logits and `blocks` blocks."""
         page_size = self._page_size
         columns: list[list[Array]] = [[np.zeros(0, np.int32)] for _ in range(4)]
         input_ids, positions, slots, table = columns
         places: list[tuple[int, int, int, int]] = []
         sampled: list[int] = []
+        scored: list[int] = []
         token = pages_at = 0
         for row in rows:
             end = row.start + row.length
@@ -286,10 +293,12 @@ class GraphRunner:
             slots.append(pages[at // page_size] * page_size + at % page_size)
             table.append(pages)
             places.append((token, row.start, row.length, pages_at))
+            scored += [token + position - row.start for position in scored_positions(row)]
             token += row.length
             pages_at += len(pages)
             if row.sample:
                 sampled.append(token - 1)
+        sampled += scored
         block_table = prefill_blocks(places)
         padding = tokens - token
         return {
@@ -318,7 +327,7 @@ class GraphRunner:
 
     def _loose_prefill_inputs(self, rows: list[StepRow]) -> PrefillInputs:
         tokens = sum(row.length for row in rows)
-        sampling = max(1, sum(row.sample for row in rows))
+        sampling = max(1, sum(row.sample + len(scored_positions(row)) for row in rows))
         blocks = sum(-(-row.length // PREFILL_BLOCK_M) for row in rows)
         columns = self._prefill_columns(rows, tokens, sampling, blocks)
         return PrefillInputs(**dict(zip(columns, to_device(list(columns.values()), self._device), strict=True)))

@@ -16,13 +16,13 @@ from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
 from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
 from minisgl.scheduler_proc.core import scheduler_limits
-from minisgl.scheduler_proc.device import choose_device, choose_dtype, describe, set_cpu_threads
+from minisgl.scheduler_proc.device import choose_device, choose_dtype, choose_linears, describe, set_cpu_threads
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
+from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
 from minisgl.scheduler_proc.models.decoder import Decoder
-from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_device
-from minisgl.scheduler_proc.models.linear import choose_linear
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_device, to_host
 from minisgl.scheduler_proc.models.loader import Model, load_model
-from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
+from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
 from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
 from minisgl.scheduler_proc.scheduler import SchedulerLimits
 
@@ -39,10 +39,11 @@ WARM_UP_TOKENS = 64
 class InFlightStep:
     """A launched step. `result` is int64 [2, rows that sample]: token ids, and whether the logits were finite.
 
-    On CUDA it lies in pinned host memory and is valid once `done` has happened.
+    `logprobs` are for the rows that ask. On CUDA both lie in pinned host memory and are valid once `done` has happened.
     """
 
     result: torch.Tensor
+    logprobs: list[PendingLogprobs]
     done: torch.cuda.Event | None
 
 
@@ -111,7 +112,7 @@ class StepEngine:
                 dummy_seed=config.random_seed if config.load_format == "dummy" else None,
                 trust_remote_code=config.trust_remote_code,
                 progress=lambda done, total: progress("loading weights", done, total),
-                make_linear=choose_linear(device, dtype),
+                linears=choose_linears(config, device, dtype),
             )
             progress("sizing KV memory", 0, 0)
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
@@ -173,36 +174,42 @@ class StepEngine:
         """Start a step; returns before it is computed where the device allows that (CUDA)."""
         with torch.inference_mode():
             if self.graphs is not None:
-                result = self._launch_fused(plan, self.graphs)
+                result, logprobs = self._launch_fused(plan, self.graphs)
             else:
-                columns = sampling_columns([row for row in plan.rows if row.sample], self._limits.vocab_size)
-                batch, sampling = make_forward_batch(plan, self.page_size, self._device, columns)
-                logits = self._model.forward(batch, self._attention.begin_step(batch))
-                tokens, finite = sample(logits, SamplingBatch(*sampling))
-                result = torch.stack((tokens, finite.long()))
-            if self._device.type != "cuda":
-                return InFlightStep(result, None)
-            on_host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-            on_host.copy_(result, non_blocking=True)
-            return InFlightStep(on_host, torch.cuda.current_stream().record_event())
+                result, logprobs = self._launch_plain(plan)
+            done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+            return InFlightStep(result, logprobs, done)
 
-    def _launch_fused(self, plan: StepPlan, graphs: GraphRunner) -> torch.Tensor:
-        """Start a step on the fused kernels; its result as in InFlightStep, still on the device."""
+    def _launch_plain(self, plan: StepPlan) -> tuple[torch.Tensor, list[PendingLogprobs]]:
+        """Start a step on any model; its results as in InFlightStep."""
+        sampling = [row for row in plan.rows if row.sample]
+        columns = sampling_columns(sampling, self._limits.vocab_size)
+        batch, tensors = make_forward_batch(plan, self.page_size, self._device, columns)
+        logits = self._model.forward(batch, self._attention.begin_step(batch))
+        tokens, finite = sample(logits[: len(sampling)], SamplingBatch(*tensors))
+        return to_host(torch.stack((tokens, finite.long()))), score_rows(plan.rows, logits, tokens)
+
+    def _launch_fused(self, plan: StepPlan, graphs: GraphRunner) -> tuple[torch.Tensor, list[PendingLogprobs]]:
+        """Start a step on the fused kernels; its results as in InFlightStep."""
         results: list[torch.Tensor] = []
+        logprobs: list[PendingLogprobs] = []
 
         def take(rows: list[StepRow], step: StepLogits) -> None:
+            sampling = [row for row in rows if row.sample]
             tokens, finite = step.tokens, step.finite
-            if not always_greedy(rows):
-                columns = sampling_columns(rows, self._limits.vocab_size)
-                tokens, finite = sample(step.logits, SamplingBatch(*to_device(columns, self._device)))
+            if not always_greedy(sampling):
+                columns = sampling_columns(sampling, self._limits.vocab_size)
+                on_device = SamplingBatch(*to_device(columns, self._device))
+                tokens, finite = sample(step.logits[: len(sampling)], on_device)
             results.append(torch.stack((tokens, finite.long())))
+            logprobs.extend(score_rows(rows, step.logits, tokens))
 
         graphs.run(plan, take)
         if not results:
-            return torch.empty((2, 0), dtype=torch.int64, device=self._device)
+            return torch.empty((2, 0), dtype=torch.int64), logprobs
         result = torch.cat(results, dim=1)
         graphs.remember((row for row in plan.rows if row.sample), result[0])
-        return result
+        return to_host(result), logprobs
 
     def retire(self, step: InFlightStep) -> list[int]:
         """Wait for a step; one token id for each of its rows with `sample`, in row order."""
@@ -217,6 +224,10 @@ class StepEngine:
                 self.dtype_name,
             )
         return list(token_ids)
+
+    def logprobs(self, step: InFlightStep) -> list[RowLogprobs]:
+        """What rows of a retired step asked for."""
+        return [found for pending in step.logprobs for found in pending.arrived()]
 
 
 def _use_fused_kernels(config: ServerConfig, model: Model, device: torch.device) -> bool:

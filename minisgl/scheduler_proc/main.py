@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 
 from minisgl.channels import Peers
 from minisgl.config import WorkerSpec
@@ -159,11 +160,15 @@ def split_batch(batch: TokenBatch, count: int) -> list[TokenBatch]:
     ]
     for stream in batch.opened:
         parts[stream.rid % count].opened.append(stream)
+    rows: list[int] = []
     for rid, token_id, finish in zip(batch.rids, batch.token_ids, batch.finishes, strict=True):
         part = parts[rid % count]
+        rows.append(len(part.rids))
         part.rids.append(rid)
         part.token_ids.append(token_id)
         part.finishes.append(finish)
+    for found in batch.logprobs:
+        parts[batch.rids[found.row] % count].logprobs.append(replace(found, row=rows[found.row]))
     return parts
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from minisgl.messages import FinishReason
+from minisgl.messages import NO_TOKEN, FinishReason, Logprobs
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.adjustments import Adjustments, TokenMask, has_penalties
 from minisgl.scheduler_proc.prefix_cache import Node
@@ -33,6 +34,8 @@ class Request:
         takes_likeliest: greedy, and nothing but min_new_tokens changes the model's logits.
         earliest_stop: position of the first token that may be a stop token.
         adjustments: its biases and penalties; None when it has none.
+        asks_logprobs: whether it wants log probabilities, of its prompt or of its answer.
+        prompt_logprobs: log probabilities of the prompt so far, if they are wanted and not sent yet.
         needs_last_token: whether its next step can be launched only when the host has seen its last token, which masks
             and penalties depend on.
     """
@@ -57,6 +60,8 @@ class Request:
     takes_likeliest: bool = field(init=False)
     earliest_stop: int = field(init=False)
     adjustments: Adjustments | None = field(init=False, default=None)
+    prompt_logprobs: Logprobs | None = field(init=False, default=None)
+    asks_logprobs: bool = field(init=False)
     needs_last_token: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +73,42 @@ class Request:
             self.adjustments = Adjustments(sampling, self.token_ids, self.max_new_tokens)
         self.takes_likeliest = self.greedy and self.adjustments is None and self.token_mask is None
         self.earliest_stop = self.prompt_len + sampling.min_new_tokens
+
+        self.asks_logprobs = (sampling.logprobs, sampling.prompt_logprobs_from) != (None, None)
+        if sampling.prompt_logprobs_from is not None:
+            self.prompt_logprobs = Logprobs(0, True, [], [])
+
+    @property
+    def first_scored(self) -> int:
+        """The first position whose logits give a wanted log probability of a prompt token: that of the next one."""
+        return max((self.sampling.prompt_logprobs_from or 0) - 1, 0)
+
+    @property
+    def next_scored(self) -> int:
+        """The same, without what is known already."""
+        return self.first_scored + (len(self.prompt_logprobs.token_ids) if self.prompt_logprobs else 0)
+
+    def collect(self, position: int, part: Logprobs) -> None:
+        """Take log probabilities of prompt tokens from `position` on; after a preemption some are known already."""
+        mine = self.prompt_logprobs
+        if mine is None:
+            return
+        known, most = self.next_scored + 1 - position, len(part.top_ids) // len(part.token_ids)
+        mine.token_ids += part.token_ids[known:]
+        mine.values += part.values[known:]
+        mine.top_ids += part.top_ids[known * most :]
+        mine.top_values += part.top_values[known * most :]
+
+    def take_prompt_logprobs(self) -> Logprobs | None:
+        """All log probabilities of the prompt, once; None if none are wanted. The very first token has none: NaN."""
+        part, self.prompt_logprobs = self.prompt_logprobs, None
+        if part is not None and self.sampling.prompt_logprobs_from == 0:
+            most = len(part.top_ids) // max(len(part.token_ids), 1)
+            part.token_ids.insert(0, self.token_ids[0])
+            part.values.insert(0, math.nan)
+            part.top_ids[:0] = [NO_TOKEN] * most
+            part.top_values[:0] = [math.nan] * most
+        return part
 
     def observe(self, token_id: int) -> None:
         """Tell what depends on the last token of the newest one; only needed with `needs_last_token`."""
@@ -101,3 +142,23 @@ class StepPlan:
     step: int
     rows: list[StepRow]
     decode_rows: int
+
+
+def scored_positions(row: StepRow) -> range:
+    """The positions of a row whose logits give wanted log probabilities of prompt tokens, each of the next token."""
+    request = row.request
+    if request.prompt_logprobs is None:
+        return range(0)
+    return range(max(row.start, request.first_scored), min(row.start + row.length, request.prompt_len - 1))
+
+
+@dataclass(slots=True)
+class RowLogprobs:
+    """What a step has found for one request that asked: of its prompt tokens from `position` on, or of its new token.
+
+    The row in `part` is for the scheduler to set.
+    """
+
+    request: Request
+    position: int
+    part: Logprobs

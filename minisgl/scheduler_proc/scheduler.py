@@ -11,16 +11,19 @@ order of arrival. From that follow the two promises: nobody starves, and the old
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from minisgl import timeline
-from minisgl.messages import FinishReason, RequestError, TokenizedRequest
+from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
 from minisgl.sampling_params import InvalidSamplingParams
 from minisgl.scheduler_proc.adjustments import TokenMask
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
-from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
+from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
+
+SCORED_TOKENS = 256
+"""Prompt positions of one step at most whose logits are computed for log probabilities: each is a whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,16 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class SampledTokens:
-    """What a retired step brought: one row per new token, as columns. `opened` are the requests with their first."""
+    """What a retired step brought: one row per new token, as columns. `opened` are the requests with their first.
+
+    `logprobs` are in row order; those of a prompt go with its request's first row, before those of the row's token.
+    """
 
     opened: list[Request] = field(default_factory=list)
     rids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finishes: list[FinishReason] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
 
 
 class Scheduler:
@@ -168,8 +175,11 @@ class Scheduler:
         self._planned_step += 1
         return StepPlan(self._planned_step, rows, decode_rows)
 
-    def retire(self, plan: StepPlan, token_ids: list[int]) -> SampledTokens:
-        """Take a completed step's tokens, one per row with `sample` in row order. Plans retire in order."""
+    def retire(self, plan: StepPlan, token_ids: list[int], logprobs: Sequence[RowLogprobs] = ()) -> SampledTokens:
+        """Take a completed step's tokens, one per row with `sample` in row order, and the log probabilities it found.
+
+        Plans retire in order.
+        """
         self.pages.complete(plan.step)
         sampled = SampledTokens()
         tokens = iter(token_ids)
@@ -204,6 +214,8 @@ class Scheduler:
             sampled.rids.append(request.rid)
             sampled.token_ids.append(token)
             sampled.finishes.append(finish)
+        if logprobs or any(request.prompt_logprobs is not None for request in sampled.opened):
+            _hand_over(logprobs, sampled)
         if anyone_ended:
             self._running = [request for request in self._running if not request.finish]
         return sampled
@@ -254,19 +266,22 @@ class Scheduler:
         """Add prompt chunks of at most `budget` tokens together, admitting waiting requests as far as that goes."""
         # Prompts fill up in order, so only the newest running request can be in the middle of its prompt.
         if self._running and self._running[-1].computed + 1 < len(self._running[-1].token_ids):
-            budget -= self._plan_chunk(rows, self._running[-1], budget)
+            budget = self._plan_chunk(rows, self._running[-1], budget)
         while budget > 0 and self._waiting and self._admit(self._waiting[0]):
-            budget -= self._plan_chunk(rows, self._running[-1], budget)
+            budget = self._plan_chunk(rows, self._running[-1], budget)
 
     def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int) -> int:
-        """Add the next chunk of a prompt that is not computed to its end; the number of tokens it takes."""
+        """Add the next chunk of a prompt that is not computed to its end; what it leaves of the budget."""
         start, known = request.computed, len(request.token_ids)
+        if request.prompt_logprobs is not None:
+            # Also bounds the chunks that follow, so that all together stay below the limit.
+            budget = min(budget, max(request.first_scored - start, 0) + SCORED_TOKENS)
         length = min(known - start, budget)
         request.computed = start + length
         last = request.computed == known
         request.pending += last
         rows.append(StepRow(request, start, length, last))
-        return length
+        return budget - length
 
     def _admit(self, request: Request) -> bool:
         """Start the first waiting request, if all it has so far fits and every running one can still grow by a page.
@@ -279,8 +294,9 @@ class Scheduler:
             return False
         cached: list[int] = []
         if self.cache:
-            # The last token is computed in any case: its logits are wanted.
-            request.cache_node, cached = self.cache.match(request.token_ids[: known - 1])
+            # What logits are wanted of is computed in any case: the last token, and all for log probabilities.
+            shareable = known - 1 if request.prompt_logprobs is None else min(known - 1, request.next_scored)
+            request.cache_node, cached = self.cache.match(request.token_ids[:shareable])
             self.cache.lock(request.cache_node)
         needed = pages.pages_for(known) - len(cached)
         reserve = max(len(running), pages.total // 100) if running else 0
@@ -392,3 +408,21 @@ class Scheduler:
             f"{capacity} tokens can hold; ask for fewer tokens or start the server with more KV memory "
             f"(--max-total-tokens or --mem-fraction-static)",
         )
+
+
+def _hand_over(found: Sequence[RowLogprobs], sampled: SampledTokens) -> None:
+    """Bring log probabilities to their rows; those of a prompt wait for its request's first row."""
+    rows = {rid: row for row, rid in enumerate(sampled.rids)}
+    parts = sampled.logprobs
+    for one in found:
+        if one.part.of_prompt:
+            one.request.collect(one.position, one.part)
+        elif one.request.rid in rows:
+            one.part.row = rows[one.request.rid]
+            parts.append(one.part)
+    for request in sampled.opened:
+        prompt = request.take_prompt_logprobs()
+        if prompt is not None:
+            prompt.row = rows[request.rid]
+            parts.append(prompt)
+    parts.sort(key=lambda part: (part.row, not part.of_prompt))

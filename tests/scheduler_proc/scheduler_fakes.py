@@ -11,11 +11,11 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from minisgl.messages import FinishReason, TokenizedRequest
+from minisgl.messages import FinishReason, Logprobs, TokenizedRequest
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
-from minisgl.scheduler_proc.request import StepPlan
+from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, scored_positions
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
 
 VOCAB_SIZE = 40
@@ -62,6 +62,8 @@ class _LaunchedRow:
     min_new_tokens: int
     stop_ids: frozenset[int]
     penalised: frozenset[int]
+    request: Request
+    scored: range
 
 
 class FakeEngine:
@@ -120,6 +122,8 @@ class FakeEngine:
                     request.sampling.min_new_tokens,
                     request.stop_ids,
                     frozenset(request.adjustments.generated.tolist() if request.adjustments else ()),
+                    request,
+                    scored_positions(row),
                 )
             )
         self._in_flight.append(readers)
@@ -143,6 +147,21 @@ class FakeEngine:
                 self._last_sampled[row.rid] = next_token(known, banned | row.penalised)
                 sampled.append(self._last_sampled[row.rid])
         return sampled
+
+    def logprobs(self, step: tuple[int, list[_LaunchedRow]]) -> list[RowLogprobs]:
+        """The value of a token is its position."""
+        found = []
+        for row in step[1]:
+            request, start = row.request, row.start + len(row.tokens or [0])
+            if row.sample and request.sampling.logprobs is not None:
+                part = Logprobs(0, False, [self._last_sampled[row.rid]], [float(start)])
+                found.append(RowLogprobs(request, start, part))
+            if row.scored:
+                positions = range(row.scored.start + 1, row.scored.stop + 1)
+                token_ids = [request.token_ids[position] for position in positions]
+                part = Logprobs(0, True, token_ids, [float(position) for position in positions])
+                found.append(RowLogprobs(request, positions.start, part))
+        return found
 
 
 def make_scheduler(

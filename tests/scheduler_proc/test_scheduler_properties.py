@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_fakes import VOCAB_SIZE, make_scheduler, tokenized, undisturbed
 
-from minisgl.messages import FinishReason, RequestError, TokenizedRequest
+from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
 from minisgl.scheduler_proc.request import StepPlan
 
 CONTEXT_LENGTH = 30
@@ -25,6 +27,8 @@ SAMPLING = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=3).map(tuple),
         "min_new_tokens": st.sampled_from([0, 0, 1, 5]),
         "presence_penalty": st.sampled_from([0.0, 1.0]),
+        "logprobs": st.sampled_from([None, 0]),
+        "prompt_logprobs_from": st.sampled_from([None, 0, 1, 4]),
     }
 )
 
@@ -122,9 +126,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def retire(self) -> None:
         plan, step = self.in_flight.popleft()
-        sampled = self.scheduler.retire(plan, self.engine.retire(step))
+        token_ids = self.engine.retire(step)
+        sampled = self.scheduler.retire(plan, token_ids, self.engine.logprobs(step))
         opened = [request.rid for request in sampled.opened]
         assert opened == [rid for rid in sampled.rids if not self.output[rid]]
+        assert [repr(part) for part in sampled.logprobs] == [
+            repr(part)
+            for row, rid in enumerate(sampled.rids)
+            for part in self.logprobs(row, rid, sampled.token_ids[row])
+        ]
         for rid, token_id, finish in zip(sampled.rids, sampled.token_ids, sampled.finishes, strict=True):
             assert rid in self.alive, "a row after the request's end"
             self.output[rid].append(token_id)
@@ -133,6 +143,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             if finish is not FinishReason.NONE:
                 assert (self.output[rid], finish) == (expected, expected_finish)
                 self.alive.remove(rid)
+
+    def logprobs(self, row: int, rid: int, token_id: int) -> Iterator[Logprobs]:
+        """What must come with a row whose token is not counted as output yet; a token's value is its position."""
+        prompt, sampling = self.submitted[rid].input_ids, self.submitted[rid].sampling
+        start = sampling.prompt_logprobs_from
+        if not self.output[rid] and start is not None:
+            values = [float(position) if position else math.nan for position in range(start, len(prompt))]
+            yield Logprobs(row, True, prompt[start:], values)
+        if sampling.logprobs is not None:
+            yield Logprobs(row, False, [token_id], [float(len(prompt) + len(self.output[rid]))])
 
     def answer_alone(self, rid: int) -> tuple[list[int], FinishReason]:
         message = self.submitted[rid]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.scheduler_proc.request import StepPlan, StepRow
+from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -40,7 +40,8 @@ class ForwardBatch:
         decode_lengths: int32 [decode rows], positions each row sees, its own included.
         host_decode_lengths: the same on the host.
         prefill: the other rows.
-        sampled: int32 [rows that sample], the token whose logits give the row's next token.
+        sampled: int32 [rows that sample + scored positions], the tokens whose logits are wanted: first those that give
+            rows their next token, then those that give log probabilities of prompt tokens.
     """
 
     input_ids: torch.Tensor
@@ -78,7 +79,7 @@ def make_forward_batch(
         token_pages * page_size + positions % page_size,
         decode_pages,
         np.array(host_decode_lengths, np.int32),
-        ends[[row.sample for row in rows]] - 1,
+        np.concatenate([ends[[row.sample for row in rows]] - 1, *_scored_tokens(rows, ends, decodes)]),
         *row_pages[decodes:],
     ]
     tensors = to_device([*columns, *extra], device)
@@ -96,6 +97,13 @@ def make_forward_batch(
     return batch, tensors[len(columns) :]
 
 
+def _scored_tokens(rows: Sequence[StepRow], ends: Array, decodes: int) -> list[Array]:
+    """The step's tokens at the rows' scored positions; decode rows have none."""
+    shifts = [end - row.start - row.length for row, end in zip(rows[decodes:], ends[decodes:].tolist(), strict=True)]
+    scored = [(scored_positions(row), shift) for row, shift in zip(rows[decodes:], shifts, strict=True)]
+    return [np.arange(at.start + shift, at.stop + shift, dtype=np.int32) for at, shift in scored if at]
+
+
 def _pages_used(row: StepRow, page_size: int) -> Array:
     count = -(-(row.start + row.length) // page_size)
     return np.array(row.request.pages[:count], np.int32)
@@ -111,3 +119,11 @@ def to_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tenso
         part.view(torch.float32 if array.dtype == np.float32 else torch.int32).view(array.shape)
         for part, array in zip(parts, arrays, strict=True)
     ]
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory: pinned and still on its way when this returns, if it is on a CUDA device."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return on_host.copy_(tensor, non_blocking=True)
