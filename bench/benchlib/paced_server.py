@@ -21,7 +21,7 @@ from minisgl.config import WorkerSpec, parse_args
 from minisgl.messages import AbortRequest, TokenizedRequest
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.main import serve
-from minisgl.scheduler_proc.request import StepPlan
+from minisgl.scheduler_proc.request import RowLogprobs, StepPlan
 from minisgl.serve import run
 from minisgl.worker import PROCESS_KINDS, Worker, run_worker
 
@@ -57,6 +57,9 @@ class PacedEngine:
     def retire(self, step: PacedStep) -> list[int]:
         time.sleep(max(0.0, step.done_at - time.monotonic()))
         return self._rng.choices(range(self._vocab_size), k=step.tokens)
+
+    def logprobs(self, step: PacedStep) -> list[RowLogprobs]:
+        return []
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
