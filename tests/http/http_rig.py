@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from minisgl.channels import Inbox, Outbox, ipc_address
+from minisgl.chat_formats import ChatFormats
 from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
 from minisgl.messages import (
     AbortRequest,
@@ -48,7 +49,9 @@ WAIT_SECONDS = 10.0
 class Rig:
     """One http worker; the test is its supervisor, tokenizers, schedulers and detokenizers."""
 
-    def __init__(self, sampling_defaults: dict[str, Any] | None = None, **config: Any) -> None:
+    def __init__(
+        self, sampling_defaults: dict[str, Any] | None = None, chat_formats: ChatFormats | None = None, **config: Any
+    ) -> None:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
         self.config = ServerConfig(**{"port": 0, "http_workers": 1, "detokenizer_workers": 1, **config})
         control = ipc_address(self.run_dir.name, "supervisor", 1)
@@ -76,6 +79,7 @@ class Rig:
                 (2, 3),
                 "Qwen2ForCausalLM",
                 sampling_defaults=sampling_defaults or {},
+                chat_formats=chat_formats or ChatFormats(),
             ),
         )
         spawn = multiprocessing.get_context("spawn")
