@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minisgl.client import Client, Generation, RequestFailed
-from minisgl.config import ConfigError, ServerConfig, add_arguments, from_namespace
+from minisgl.command_line import add_arguments, from_namespace
+from minisgl.config import ConfigError, ServerConfig
 from minisgl.launch_view import LaunchView, open_view
 from minisgl.log import setup_logging
 from minisgl.own_server import OwnServer, ServerDidNotStart

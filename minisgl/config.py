@@ -1,4 +1,4 @@
-"""Everything the user can set, as one frozen dataclass; the command line and `--help` are made from it.
+"""Everything the user can set, as one frozen dataclass; command_line.py makes the flags and `--help` from it.
 
 Flags carry sglang's names where they mean the same. The launcher parses a ServerConfig once and finds a ModelSpec once;
 every worker gets both inside its WorkerSpec and changes neither.
@@ -6,13 +6,11 @@ every worker gets both inside its WorkerSpec and changes neither.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgpack
 
@@ -27,13 +25,31 @@ class ConfigError(ValueError):
 
 
 def _flag(
-    default: Any, help: str, *aliases: str, env: str = "", choices: Sequence[str] = (), secret: bool = False
+    default: Any,
+    help: str,
+    *aliases: str,
+    group: str = "",
+    env: str = "",
+    choices: Sequence[str] = (),
+    spellings: Mapping[str, str] | None = None,
+    secret: bool = False,
 ) -> Any:
     """A ServerConfig field: its flag is the field's name with dashes, `env` overrides its default.
 
-    A `secret` field is left out of `repr` and `public`.
+    Args:
+        group: begins a group of flags in `--help`, up to the next field that names one.
+        spellings: other words for some of the choices.
+        secret: leave it out of `repr` and `public`.
     """
-    metadata = {"help": help, "aliases": aliases, "env": env, "choices": tuple(choices), "secret": secret}
+    metadata = {
+        "help": help,
+        "aliases": aliases,
+        "group": group,
+        "env": env,
+        "choices": tuple(choices),
+        "spellings": dict(spellings or {}),
+        "secret": secret,
+    }
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -41,13 +57,13 @@ def _flag(
 class ServerConfig:
     """The settings of one server. None means "chosen automatically"."""
 
-    # model
     model: str | None = _flag(
         None,
         f"model to serve: a hub name, a local directory, or '{DEMO_MODEL}' for the embedded demo model "
         f"(default: {DEFAULT_MODEL}, and the demo model when no hub can be reached)",
         "--model-path",
         env="MODEL_NAME",
+        group="model",
     )
     model_local_dir: str | None = _flag(None, "directory that holds the model; no hub is asked", env="MODEL_LOCAL_DIR")
     modelscope_model_name: str | None = _flag(
@@ -70,12 +86,14 @@ class ServerConfig:
         choices=("auto", "none", *REASONING_PARSERS),
     )
 
-    # device and precision
-    device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = _flag(
+        "auto", "where the model runs", choices=("auto", "cuda", "mps", "cpu"), group="device and precision"
+    )
     dtype: str = _flag(
         "auto",
         "weights and KV precision; auto is bfloat16 where that is fast, else float32",
         choices=("auto", "bfloat16", "float16", "float32"),
+        spellings={"half": "float16", "float": "float32"},
     )
     cpu_threads: int | None = _flag(None, "threads of a CPU scheduler (default: all cores it may use)")
     dp_size: int | None = _flag(
@@ -87,8 +105,7 @@ class ServerConfig:
     base_gpu_id: int = _flag(0, "first CUDA device to use")
     random_seed: int = _flag(0, "seed of --load-format dummy weights")
 
-    # http
-    host: str = _flag("127.0.0.1", "address to listen on")
+    host: str = _flag("127.0.0.1", "address to listen on", group="http")
     port: int = _flag(30000, "port to listen on; 0 takes a free one")
     max_body_bytes: int = _flag(4 * 2**20, "largest request body")
     api_key: str | None = _flag(
@@ -96,6 +113,13 @@ class ServerConfig:
         "key that clients must send as 'Authorization: Bearer API_KEY', on every route but /health and /metrics; "
         "the environment variable keeps it out of the process list",
         env="MINISGL_API_KEY",
+        secret=True,
+    )
+    admin_api_key: str | None = _flag(
+        None,
+        "key for operators: /flush_cache, /reset_prefix_cache and /abort_request then take this key alone; it opens "
+        "all other routes too",
+        env="MINISGL_ADMIN_API_KEY",
         secret=True,
     )
     cors_origin: str | None = _flag(
@@ -111,9 +135,10 @@ class ServerConfig:
     log_level: str = _flag("info", "log level", choices=("debug", "info", "warning", "error"))
     narrate: bool = _flag(False, "log the whole life of every request: prefill, every decode step, every chunk")
 
-    # processes
     http_workers: int = _flag(
-        0, "http processes; 0 chooses: one per four CPUs on a GPU host, at most four per GPU, elsewhere one"
+        0,
+        "http processes; 0 chooses: one per four CPUs on a GPU host, at most four per GPU, elsewhere one",
+        group="processes and their patience",
     )
     tokenizer_workers: int = _flag(1, "tokenizer processes", "--tokenizer-worker-num")
     detokenizer_workers: int = _flag(
@@ -125,8 +150,7 @@ class ServerConfig:
     hang_timeout: float = _flag(10.0, "seconds of silence after which a worker is killed and restarted")
     watchdog_timeout: float = _flag(300.0, "seconds one scheduler step may take before its worker is restarted")
 
-    # memory and scheduling
-    page_size: int | None = _flag(None, "tokens per KV page (default: 16)")
+    page_size: int | None = _flag(None, "tokens per KV page (default: 16)", group="memory and scheduling")
     mem_fraction_static: float | None = _flag(
         None, "fraction of a GPU's memory for weights and KV cache (default: 0.85)"
     )
@@ -168,8 +192,12 @@ class ServerConfig:
         _require(0 <= self.port < 65536, "port", "between 0 and 65535", self.port)
         _require(self.http_workers <= 128, "http_workers", "at most 128", self.http_workers)
         _require(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024", self.max_body_bytes)
-        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise ConfigError("--api-key must consist of visible ASCII characters without spaces")
+        for name in ("api_key", "admin_api_key"):
+            key = getattr(self, name)
+            # The key itself is not for the message.
+            if key is not None and not re.fullmatch(r"[!-~]+", key):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must consist of visible ASCII characters without spaces")
         for origin in self.cors_origins():
             known = origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin)
             _require(bool(known), "cors_origin", "'*' or origins such as https://chat.example.com", origin)
@@ -185,6 +213,11 @@ class ServerConfig:
     def cors_origins(self) -> list[str]:
         """--cors-origin as a list."""
         return [origin.strip() for origin in (self.cors_origin or "").split(",") if origin.strip()]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether some route asks for a key."""
+        return self.api_key is not None or self.admin_api_key is not None
 
     def public(self) -> dict[str, Any]:
         """The settings that may be shown to clients and in logs: all but the secret ones."""
@@ -249,66 +282,3 @@ class WorkerSpec:
             "chat_formats": ChatFormats(**fields["model"]["chat_formats"]),
         }
         return cls(**{**fields, "config": ServerConfig(**fields["config"]), "model": ModelSpec(**model)})
-
-
-def add_arguments(parser: argparse.ArgumentParser, env: Mapping[str, str] | None = None) -> None:
-    """Add one flag per ServerConfig field; environment variables named in the fields replace the defaults."""
-    env = os.environ if env is None else env
-    hints = get_type_hints(ServerConfig)
-    for spec in dataclasses.fields(ServerConfig):
-        meta = spec.metadata
-        flags = ["--" + spec.name.replace("_", "-"), *meta["aliases"]]
-        default = env.get(meta["env"]) or spec.default if meta["env"] else spec.default
-        help_text = meta["help"].replace("%", "%%")
-        if meta["env"]:
-            help_text += f" [env {meta['env']}]"
-        if spec.default is not None and "(default" not in help_text:
-            help_text += f" (default: {spec.default})"
-        if hints[spec.name] is bool:
-            parser.add_argument(*flags, dest=spec.name, action="store_true", default=default, help=help_text)
-            continue
-        parser.add_argument(
-            *flags,
-            dest=spec.name,
-            type=_value_type(hints[spec.name]),
-            default=default,
-            choices=meta["choices"] or None,
-            metavar=None if meta["choices"] else spec.name.upper(),
-            help=help_text,
-        )
-
-
-def _value_type(hint: Any) -> Any:
-    """The argparse converter of a field type such as `int | None`."""
-    kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
-    return _human_int if kinds[0] is int else kinds[0]
-
-
-def _human_int(text: str) -> int:
-    """An int, with an optional k or m suffix as sglang accepts it (8k = 8192)."""
-    scale = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
-    return int(text[:-1] if scale > 1 else text) * scale
-
-
-_human_int.__name__ = "int"
-
-
-def from_namespace(namespace: argparse.Namespace) -> ServerConfig:
-    """The config of parsed arguments; raises ConfigError."""
-    names = {spec.name for spec in dataclasses.fields(ServerConfig)}
-    return ServerConfig(**{name: value for name, value in vars(namespace).items() if name in names})
-
-
-def parse_args(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> ServerConfig:
-    """Parse a command line; argparse's own errors and ConfigErrors both exit with status 2 and one sentence."""
-    parser = argparse.ArgumentParser(
-        prog="launch.py",
-        description="Serve a language model: tokenizer, schedulers, detokenizer and HTTP, each in its own process.",
-        allow_abbrev=False,
-    )
-    add_arguments(parser, env)
-    namespace = parser.parse_args(argv)
-    try:
-        return from_namespace(namespace)
-    except ConfigError as error:
-        parser.error(str(error))

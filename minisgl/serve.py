@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from minisgl.config import ConfigError, ModelSpec, ServerConfig, parse_args
+from minisgl.command_line import parse_args
+from minisgl.config import ConfigError, ModelSpec, ServerConfig
 from minisgl.host import bind_listen_sockets, listen, replica_count, run_directory, with_worker_counts
 from minisgl.launch_view import LaunchView, open_view, ready_notice
 from minisgl.launcher import EntryPoint, LaunchFailed, LocalLauncher

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.config import DEFAULT_MODEL, ConfigError, ModelSpec, ServerConfig, WorkerSpec, parse_args
+from minisgl.command_line import parse_args
+from minisgl.config import DEFAULT_MODEL, ConfigError, ModelSpec, ServerConfig, WorkerSpec
+from minisgl.foreign_flags import FOREIGN_FLAGS, FOREIGN_PREFIXES
 
 FIELDS = dataclasses.fields(ServerConfig)
 BOOLEANS = [spec.name for spec in FIELDS if isinstance(spec.default, bool)]
@@ -49,6 +51,43 @@ def test_help_names_every_flag_variable_and_default(
     assert DEFAULT_MODEL in text
 
 
+def test_help_says_a_default_of_every_flag_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"], {})
+    text = capsys.readouterr().out
+    usage, *groups = text.partition("\nexamples:")[0].split("\n\n")
+    assert len(usage.splitlines()) == 1
+    titles = [group.splitlines()[0] for group in groups[1:]]
+    assert titles == ["options:", *(f"{spec.metadata['group']}:" for spec in FIELDS if spec.metadata["group"])]
+    assert FIELDS[0].metadata["group"]
+    for entry in "\n".join(groups[2:]).split("\n  --")[1:]:
+        assert entry.count("(default") == 1, entry
+
+
+def test_sglangs_flags_that_ask_for_nothing_else_are_told_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--tp-size 1 --enable-metrics --schedule-policy=fcfs --port 7 --skip-server-warmup --stream-interval 1"
+    assert parse_args(words.split(), {}) == ServerConfig(port=7)
+    *notes, end = capsys.readouterr().err.split("\n")
+    assert end == "" and [note.split(" changes nothing: ")[0] for note in notes] == [
+        "launch.py: --tp-size 1",
+        "launch.py: --enable-metrics",
+        "launch.py: --schedule-policy fcfs",
+        "launch.py: --skip-server-warmup",
+        "launch.py: --stream-interval 1",
+    ]
+
+
+def test_no_flag_of_ours_is_called_foreign() -> None:
+    own = {name for spec in FIELDS for name in (flag(spec.name), *spec.metadata["aliases"])}
+    assert not own & FOREIGN_FLAGS.keys()
+    assert not [name for name in own if name.startswith(tuple(FOREIGN_PREFIXES))]
+
+
+def test_other_spellings_of_a_choice() -> None:
+    assert parse_args(["--dtype", "half"], {}).dtype == "float16"
+    assert parse_args(["--dtype", "float"], {}).dtype == "float32"
+
+
 @pytest.mark.parametrize("name", [spec.name for spec in FIELDS])
 def test_every_flag_sets_its_field(name: str) -> None:
     spec = next(spec for spec in FIELDS if spec.name == name)
@@ -86,8 +125,17 @@ def test_ints_take_binary_suffixes(text: str, value: int) -> None:
         (["--page-size", "1g"], "--page-size: invalid int value: '1g'"),
         (["--page-size"], "--page-size: expected one argument"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--devic", "cpu"], "unrecognized arguments: --devic cpu"),
-        (["stray"], "unrecognized arguments: stray"),
+        (["--devic", "cpu"], "unknown flag --devic; did you mean --device?"),
+        (["--max-runing-requests=8"], "unknown flag --max-runing-requests; did you mean --max-running-requests?"),
+        (["--frobnicate", "cpu"], "unknown flag --frobnicate; --help lists the flags"),
+        (["-p", "80"], "unknown flag -p; "),
+        (["stray"], "unexpected argument 'stray'; a setting is given as --flag value (see --help)"),
+        (["--tp-size", "2"], "--tp-size 2: sglang has this flag and this server does not; each replica runs on one"),
+        (["--tp=4"], "--tp 4: sglang has this flag and this server does not"),
+        (["--tp"], "--tp: sglang has this flag and this server does not"),
+        (["--enable-metrics", "--speculative-algorithm", "EAGLE"], "--speculative-algorithm EAGLE: sglang has"),
+        (["--enable-lora"], "--enable-lora: sglang has this flag and this server does not; LoRA adapters"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype fp8_e5m2: sglang has this flag and this server does not"),
         (["--page-size", "0"], "--page-size must be at least 1, got 0"),
         (["--dp-size", "-1"], "--dp-size must be at least 1, got -1"),
         (["--http-workers", "-1"], "--http-workers must be at least 0, got -1"),
@@ -142,11 +190,11 @@ def test_the_variables_of_the_readme() -> None:
     assert (config.model, config.model_local_dir, config.modelscope_model_name) == ("a/b", "/c", "d/e")
 
 
-def test_the_api_key_is_not_shown() -> None:
-    config = parse_args([], {"MINISGL_API_KEY": "top-secret"})
-    assert config.api_key == "top-secret"
+def test_the_keys_are_not_shown() -> None:
+    config = parse_args([], {"MINISGL_API_KEY": "top-secret", "MINISGL_ADMIN_API_KEY": "top-secret-too"})
+    assert (config.api_key, config.admin_api_key) == ("top-secret", "top-secret-too")
     assert "top-secret" not in repr(config)
-    assert "api_key" not in config.public()
+    assert not {"api_key", "admin_api_key"} & config.public().keys()
     assert config.public()["port"] == config.port
 
 

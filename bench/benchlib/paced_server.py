@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from socket import socket
 
 from benchlib.pace import SLOWDOWN, decode_ms, prefill_ms
-from minisgl.config import WorkerSpec, parse_args
+from minisgl.command_line import parse_args
+from minisgl.config import WorkerSpec
 from minisgl.messages import AbortRequest, TokenizedRequest
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.main import serve

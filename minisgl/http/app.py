@@ -60,7 +60,7 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={} if service.spec.config.api_key is None else api_docs.UNAUTHORIZED,
+        responses=api_docs.UNAUTHORIZED if service.spec.config.has_keys else {},
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
 

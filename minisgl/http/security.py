@@ -15,6 +15,9 @@ from minisgl.http.errors import ApiError, json_response
 OPEN_PATHS = frozenset(("/health", "/health_generate", "/metrics", *page.PATHS))
 """What load balancers and scrapers ask for, which have no key, and the web page, which asks its user for one."""
 
+ADMIN_PATHS = frozenset(("/flush_cache", "/reset_prefix_cache", "/abort_request"))
+"""What acts on the whole server, and takes the admin key alone where there is one."""
+
 _EXPOSED = b"x-request-id, server-timing, retry-after"
 _METHODS = b"GET, POST, PUT, DELETE, OPTIONS"
 
@@ -24,6 +27,7 @@ class Gate:
 
     def __init__(self, config: ServerConfig) -> None:
         self._key = None if config.api_key is None else _digest(config.api_key.encode())
+        self._admin_key = self._key if config.admin_api_key is None else _digest(config.admin_api_key.encode())
         self._origins = frozenset(origin.encode() for origin in config.cors_origins())
 
     def answer(self, scope: Scope) -> Response | None:
@@ -31,12 +35,20 @@ class Gate:
         headers = dict(scope["headers"])
         if self._origins and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
             return _preflight(headers)
-        if self._key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith("/health/"):
+        path = scope["path"]
+        is_admin = path in ADMIN_PATHS
+        key = self._admin_key if is_admin else self._key
+        if key is None or path in OPEN_PATHS or path.startswith("/health/"):
             return None
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._key):
+        given = _digest(token.strip())
+        opens = [hmac.compare_digest(given, one) for one in (key, self._admin_key) if one is not None]
+        if scheme.lower() == b"bearer" and any(opens):
             return None
-        wanted = "this server needs its API key: send the header 'Authorization: Bearer <key>'"
+        whose = (
+            "route needs the server's admin" if is_admin and self._admin_key != self._key else "server needs its API"
+        )
+        wanted = f"this {whose} key: send the header 'Authorization: Bearer <key>'"
         return json_response(401, ApiError(401, "invalid_api_key", wanted).body(), {"www-authenticate": "Bearer"})
 
     def cors_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:

@@ -8,12 +8,14 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from http_rig import Rig, lines, running
 
 from minisgl.client import Client, RequestFailed
+from minisgl.config import ServerConfig
 from minisgl.http import page
 from minisgl.messages import GenerateRequest
 
@@ -117,6 +119,58 @@ def test_the_key_opens(rig: Rig, scheme: str) -> None:
     response = connection.getresponse()
     assert response.status == 200
     assert [line.get("text_delta") for line in lines(response)] == ["a", "b", None]
+
+
+ADMIN_KEY = "0perator"
+
+
+@pytest.mark.parametrize(
+    ("keys", "opens_admin", "opens_others"),
+    [
+        ({"api_key": KEY, "admin_api_key": ADMIN_KEY}, [ADMIN_KEY], [KEY, ADMIN_KEY]),
+        ({"admin_api_key": ADMIN_KEY}, [ADMIN_KEY], ["", KEY, ADMIN_KEY]),
+        ({"api_key": KEY}, [KEY], [KEY]),
+        ({}, ["", KEY, ADMIN_KEY], ["", KEY, ADMIN_KEY]),
+    ],
+)
+def test_what_acts_on_the_whole_server_takes_the_admin_key_alone(
+    keys: dict[str, str], opens_admin: list[str], opens_others: list[str]
+) -> None:
+    with running(disable_radix_cache=True, **keys) as rig:
+        for key in ("", KEY, ADMIN_KEY):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            for path, opens in (
+                ("/flush_cache", opens_admin),
+                ("/reset_prefix_cache", opens_admin),
+                ("/abort_request", opens_admin),
+                ("/detokenize", opens_others),
+            ):
+                response = fetch(rig, "POST", path, b'{"rid": "x"}', **headers)
+                body = response.read()
+                assert (response.status != 401) == (key in opens), (path, key)
+                if response.status == 401 and opens is opens_admin and "admin_api_key" in keys:
+                    assert b"needs the server's admin key" in body
+                if response.status == 401:
+                    assert response.headers["WWW-Authenticate"] == "Bearer"
+        described = json.loads(fetch(rig, "GET", "/openapi.json", Authorization=f"Bearer {KEY}").read())
+        assert ("401" in described["paths"]["/flush_cache"]["get"]["responses"]) == bool(keys)
+
+
+def test_no_setting_that_is_secret_is_told() -> None:
+    secrets = {spec.name: f"tell-nobody-{spec.name}" for spec in fields(ServerConfig) if spec.metadata["secret"]}
+    assert {"api_key", "admin_api_key"} <= secrets.keys()
+    with running(**secrets) as rig:
+        rig.healthy()
+        key = {"Authorization": f"Bearer {secrets['admin_api_key']}"}
+        for path in ("/server_info", "/model_info", "/v1/models", "/health", "/metrics", "/openapi.json", "/docs", "/"):
+            response = fetch(rig, "GET", path, **key)
+            body = response.read().decode()
+            assert response.status in (200, 503)
+            assert "tell-nobody" not in body
+            if path == "/server_info":
+                told = json.loads(body)
+                assert told["max_body_bytes"] == rig.config.max_body_bytes
+                assert not told.keys() & secrets.keys()
 
 
 def test_a_refusal_needs_no_body_and_counts_for_nothing(rig: Rig) -> None:
