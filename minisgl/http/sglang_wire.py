@@ -90,11 +90,11 @@ class SglangWire:
             self._meta_heads[index] = to_json(known)[:-1]
         rank = stream.replica[0] if stream.replica else "null"
         changing = f',"completion_tokens":{stream.completion_tokens},"dp_rank":{rank}'
-        return self._frame(index, self._object(index, self._meta_heads[index] + changing))
+        return self._frame(index, self._meta_heads[index] + changing)
 
     def done(self, stream: Stream) -> str:
         self._add(stream, "", [])
-        return self._frame(stream.index, self._object(stream.index, self._last_meta(stream)))
+        return self._frame(stream.index, self._last_meta(stream))
 
     def end(self, streams: list[Stream]) -> str:
         return "data: [DONE]\n\n"
@@ -118,17 +118,18 @@ class SglangWire:
         if token_ids:
             ids = ",".join(map(str, token_ids))
             self._token_ids[index] = f"{self._token_ids[index]},{ids}" if self._token_ids[index] else ids
-        if self._logprobs and index in self._logprobs:
+        if index in self._logprobs:
             self._logprobs[index].take(stream)
 
-    def _frame(self, index: int, answer: str) -> str:
-        return f'data: {answer[:-1]},"index":{index}}}\n\n' if self._is_list else f"data: {answer}\n\n"
+    def _frame(self, index: int, meta: str) -> str:
+        place = f',"index":{index}' if self._is_list else ""
+        return f"data: {self._object(index, meta, place)}\n\n"
 
-    def _object(self, index: int, meta: str) -> str:
-        """Args: meta: the `meta_info` without its closing brace."""
-        logprobs = self._logprobs[index].members() if self._logprobs and index in self._logprobs else ""
+    def _object(self, index: int, meta: str, place: str = "") -> str:
+        """Args: meta: the `meta_info` without its closing brace; place: a last member, with a comma before it."""
+        logprobs = self._logprobs[index].members() if index in self._logprobs else ""
         text, ids = self._texts[index], self._token_ids[index]
-        return f'{{"text":"{text}","output_ids":[{ids}],"meta_info":{meta}{logprobs}}}}}'
+        return f'{{"text":"{text}","output_ids":[{ids}],"meta_info":{meta}{logprobs}}}{place}}}'
 
     def _meta(self, stream: Stream) -> JsonObject:
         return {
