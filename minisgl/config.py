@@ -95,6 +95,11 @@ class ServerConfig:
         choices=("auto", "bfloat16", "float16", "float32"),
         spellings={"half": "float16", "float": "float32"},
     )
+    quantization: str | None = _flag(
+        None,
+        "keep the weights of linear layers in fewer bits: less memory for less precise answers, on CPUs only",
+        choices=("int8", "int4"),
+    )
     cpu_threads: int | None = _flag(None, "threads of a CPU scheduler (default: all cores it may use)")
     dp_size: int | None = _flag(
         None,

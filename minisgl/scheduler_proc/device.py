@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from minisgl.config import ConfigError, ServerConfig
+from minisgl.scheduler_proc.models.linear import LinearMakers, exact_linears
+from minisgl.scheduler_proc.models.quantized import quantized_linears
 
 WEIGHT_BYTES_PER_THREAD = 16 * 2**20
 """Weights that a thread multiplies in about the time that it takes to wake and await it a few hundred times."""
@@ -43,6 +45,18 @@ def choose_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and _cpu_multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def choose_linears(config: ServerConfig, device: torch.device, dtype: torch.dtype) -> LinearMakers:
+    """How the weights are kept and multiplied; raises ConfigError where --quantization has no kernels."""
+    if config.quantization is None:
+        return exact_linears(device, dtype)
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--quantization {config.quantization} runs on the CPU only, and this replica runs on {device}; "
+            f"leave it out or add --device cpu"
+        )
+    return quantized_linears({"int8": 8, "int4": 4}[config.quantization])
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from tiny_models import CheckpointMaker, load_engine, prompts, serve
 
 from minisgl.sampling_params import SamplingParams
-from minisgl.scheduler_proc.models.linear import PackedLinear, PlainLinear, choose_linear
+from minisgl.scheduler_proc.models.linear import PACKED, PLAIN, LinearMakers, PackedLinear, exact_linears
 from minisgl.scheduler_proc.models.loader import load_model
 
-packs = choose_linear(torch.device("cpu"), torch.bfloat16) is PackedLinear
+packs = exact_linears(torch.device("cpu"), torch.bfloat16) is PACKED
 needs_packing = pytest.mark.skipif(not packs, reason="this CPU or this torch cannot pack bfloat16 weights")
 
 
@@ -39,8 +39,8 @@ def test_a_bias_is_added_before_the_one_rounding() -> None:
 
 
 def test_float32_and_other_devices_stay_plain() -> None:
-    assert choose_linear(torch.device("cpu"), torch.float32) is PlainLinear
-    assert choose_linear(torch.device("cuda"), torch.bfloat16) is PlainLinear
+    assert exact_linears(torch.device("cpu"), torch.float32) is PLAIN
+    assert exact_linears(torch.device("cuda"), torch.bfloat16) is PLAIN
 
 
 @needs_packing
@@ -52,7 +52,7 @@ def test_models_with_packed_weights_answer_as_plain_ones(
     spec = checkpoint(family).spec
     requests = [(prompt, SamplingParams(max_new_tokens=4, temperature=0.0)) for prompt in prompts()]
     packed = load_engine(spec, dtype="bfloat16")
-    monkeypatch.setattr("minisgl.scheduler_proc.engine.choose_linear", lambda *_: PlainLinear)
+    monkeypatch.setattr("minisgl.scheduler_proc.engine.choose_linears", lambda *_: PLAIN)
     plain = load_engine(spec, dtype="bfloat16")
     ours, theirs = (np.array(serve(engine, spec, requests)[0]) for engine in (packed, plain))
     assert (ours == theirs).mean() >= 0.75, (ours, theirs)
@@ -60,14 +60,14 @@ def test_models_with_packed_weights_answer_as_plain_ones(
 
 @needs_packing
 def test_packed_weights_do_not_stay_in_memory_twice(checkpoint: CheckpointMaker) -> None:
-    def load(family: str, make_linear: Any) -> Any:
+    def load(family: str, linears: LinearMakers) -> Any:
         directory = Path(checkpoint(family).directory)
         options: dict[str, Any] = {"device": torch.device("cpu"), "context_length": 128, "dummy_seed": None}
         options |= {"trust_remote_code": False, "progress": lambda done, total: None}
-        return load_model(directory, dtype=torch.bfloat16, make_linear=make_linear, **options)
+        return load_model(directory, dtype=torch.bfloat16, linears=linears, **options)
 
     for family in ("qwen3-untied", "phi"):
-        plain, packed = load(family, PlainLinear), load(family, PackedLinear)
+        plain, packed = load(family, PLAIN), load(family, PACKED)
         # oneDNN pads what is not a multiple of its blocks, and such small matrices are.
         assert packed.weight_bytes < 2 * plain.weight_bytes
-    assert all(layer.gate_up.numel() == 0 for layer in load("qwen3-untied", PackedLinear).weights.layers)
+    assert all(layer.gate_up.numel() == 0 for layer in load("qwen3-untied", PACKED).weights.layers)

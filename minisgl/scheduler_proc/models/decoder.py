@@ -16,7 +16,7 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec, StepAttentio
 from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
-from minisgl.scheduler_proc.models.linear import Linear, LinearMaker, PlainLinear
+from minisgl.scheduler_proc.models.linear import PLAIN, Linear, LinearMaker, LinearMakers
 from minisgl.scheduler_proc.models.rope import Rope, rotate_
 
 
@@ -77,18 +77,16 @@ class LayerProducts(NamedTuple):
 class Decoder:
     """The model as a function of its weights.
 
-    `make_linear` decides how matrices are kept. Where it copies them, `weights` has empty ones in their place from then
+    `linears` decides how matrices are kept. Where it copies them, `weights` has empty ones in their place from then
     on, one after the other, so that no two copies of the whole model exist at any time.
     """
 
-    def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, rope: Rope, make_linear: LinearMaker = PlainLinear
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, rope: Rope, linears: LinearMakers = PLAIN) -> None:
         self.config = config
         self.weights = weights
         self.rope = rope
-        self._products = [_layer_products(layer, make_linear) for layer in weights.layers]
-        self._head = make_linear(weights.head, None)
+        self._products = [_layer_products(layer, linears.layer) for layer in weights.layers]
+        self._head = linears.head(weights.head, None)
         if self._head.own_bytes and not config.tied_embeddings:
             weights.head = weights.head.new_empty(0)
         self._attention = [AttentionSpec(config.head_dim**-0.5, window) for window in config.windows]

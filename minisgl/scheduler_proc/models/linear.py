@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,19 @@ class Linear(Protocol):
     """Memory beside the weight it was made from; above 0, that weight is not needed any more."""
 
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor:
-        """[..., in] to [..., out], in the dtype of `hidden`."""
+        """[tokens, in] to [tokens, out], in the dtype of `hidden`; exact ones take any leading dimensions."""
 
 
 LinearMaker: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Linear]
 """From a weight [out, in] and a bias [out] or None."""
+
+
+class LinearMakers(NamedTuple):
+    """How a model's matrices are kept: those of its layers, and its head. `exact` ones keep the values, too."""
+
+    layer: LinearMaker
+    head: LinearMaker
+    exact: bool = True
 
 
 class PlainLinear:
@@ -56,14 +64,18 @@ class PackedLinear:
         return product
 
 
-def choose_linear(device: torch.device, dtype: torch.dtype) -> LinearMaker:
-    """The fastest exact way for a device and precision."""
+PLAIN = LinearMakers(PlainLinear, PlainLinear)
+PACKED = LinearMakers(PackedLinear, PackedLinear)
+
+
+def exact_linears(device: torch.device, dtype: torch.dtype) -> LinearMakers:
+    """The fastest way that keeps the weights as they are."""
     mkldnn: Any = torch.backends.mkldnn
     if device.type != "cpu" or not mkldnn.is_available():
-        return PlainLinear
+        return PLAIN
     ops: Any = torch.ops.mkldnn
     packs = (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()) or (
         dtype == torch.float16 and ops._is_mkldnn_fp16_supported()
     )
     # In float32 torch multiplies by MKL, which reads plain weights at full speed.
-    return PackedLinear if packs else PlainLinear
+    return PACKED if packs else PLAIN

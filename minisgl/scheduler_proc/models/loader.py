@@ -21,7 +21,7 @@ from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelConfig, ModelError, parse_config, read_config
 from minisgl.scheduler_proc.models.decoder import Decoder, DecoderWeights, LayerWeights
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
-from minisgl.scheduler_proc.models.linear import LinearMaker, PlainLinear
+from minisgl.scheduler_proc.models.linear import PLAIN, LinearMakers
 from minisgl.scheduler_proc.models.rope import make_rope
 
 logger = logging.getLogger(__name__)
@@ -57,15 +57,20 @@ def load_model(
     dummy_seed: int | None,
     trust_remote_code: bool,
     progress: WeightProgress,
-    make_linear: LinearMaker = PlainLinear,
+    linears: LinearMakers = PLAIN,
 ) -> Model:
     """Load a model; `dummy_seed` makes random weights instead of reading any. Raises ModelError.
 
-    `make_linear` says how the matrices are kept.
+    `linears` says how the matrices are kept.
     """
     raw_config = read_config(directory)
     config = parse_config(raw_config)
     if config is None:
+        if not linears.exact:
+            raise ModelError(
+                f"--quantization is for Llama, Mistral, Qwen2 and Qwen3 models, not for "
+                f"{(raw_config.get('architectures') or ['this one'])[0]}; leave it out"
+            )
         # Native models never pay for this import.
         from minisgl.scheduler_proc.models.transformers_model import load_transformers_model
 
@@ -76,14 +81,14 @@ def load_model(
             context_length=context_length,
             dummy_seed=dummy_seed,
             trust_remote_code=trust_remote_code,
-            make_linear=make_linear,
+            linears=linears,
         )
     weights = allocate_weights(config, dtype, device)
     if dummy_seed is None:
         read_weights(directory, config, weights, progress)
     else:
         fill_with_noise(weights, dummy_seed, progress)
-    return Decoder(config, weights, make_rope(config, directory, context_length, dtype, device), make_linear)
+    return Decoder(config, weights, make_rope(config, directory, context_length, dtype, device), linears)
 
 
 def allocate_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:

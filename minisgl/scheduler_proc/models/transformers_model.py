@@ -25,7 +25,7 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec, StepAttentio
 from minisgl.scheduler_proc.attention.kv_pool import KVShape
 from minisgl.scheduler_proc.models.config import ModelError
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
-from minisgl.scheduler_proc.models.linear import LinearMaker, PlainLinear
+from minisgl.scheduler_proc.models.linear import PLAIN, LinearMakers
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def load_transformers_model(
     context_length: int,
     dummy_seed: int | None,
     trust_remote_code: bool,
-    make_linear: LinearMaker = PlainLinear,
+    linears: LinearMakers = PLAIN,
 ) -> TransformersModel:
     """Load a model with transformers' own code and weight conversions; raises ModelError."""
     _logging.disable_progress_bar()
@@ -181,19 +181,20 @@ def load_transformers_model(
     if getattr(module, "_is_stateful", False):
         raise ModelError(f"{name} cannot run on the paged KV cache: it keeps state besides keys and values")
     module = module.to(device).eval()
-    model.own_bytes = _replace_products(module, make_linear)
+    model.own_bytes = _replace_products(module, linears)
     model.adopt(module, hf_config)
     return model
 
 
-def _replace_products(module: Any, make_linear: LinearMaker) -> int:
+def _replace_products(module: Any, linears: LinearMakers) -> int:
     """Let the linear layers of a model multiply our way; the memory that this takes beside the model's own."""
     own_bytes = 0
+    head = module.get_output_embeddings()
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for part in module.modules():
         if type(part) is not nn.Linear:
             continue
-        linear = make_linear(part.weight.detach(), part.bias)
+        linear = (linears.head if part is head else linears.layer)(part.weight.detach(), part.bias)
         if linear.own_bytes:
             own_bytes += linear.own_bytes
             part.forward = linear  # type: ignore[method-assign, assignment]
