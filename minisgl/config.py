@@ -151,6 +151,7 @@ class ServerConfig:
     )
     load_balance_method: str = _flag("round_robin", "which replica takes the next request", choices=("round_robin",))
     startup_timeout: float = _flag(600.0, "seconds a worker may take to load and warm up")
+    grammar_timeout: float = _flag(10.0, "seconds that compiling a grammar (JSON schema, regex, ...) may take")
     drain_timeout: float = _flag(60.0, "seconds running requests get to finish after SIGTERM")
     hang_timeout: float = _flag(10.0, "seconds of silence after which a worker is killed and restarted")
     watchdog_timeout: float = _flag(300.0, "seconds one scheduler step may take before its worker is restarted")
@@ -190,7 +191,7 @@ class ServerConfig:
         for name in ("cpu_threads", "context_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
-        for name in ("startup_timeout", "drain_timeout", "hang_timeout", "watchdog_timeout"):
+        for name in ("startup_timeout", "grammar_timeout", "drain_timeout", "hang_timeout", "watchdog_timeout"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         fraction = self.mem_fraction_static
         _require(fraction is None or 0 < fraction < 1, "mem_fraction_static", "between 0 and 1", fraction)

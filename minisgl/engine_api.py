@@ -144,6 +144,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the model; requests still running are lost."""
         with self._lock:
+            if self._core is not None:
+                self._core.close()
             self._core = None
             self._lose_all(EngineError("the engine was closed"))
 
@@ -178,6 +180,8 @@ class Engine:
             with self._lock:
                 if enough() or generation.finish:
                     return
+                if isinstance(generation.failure, RequestRefused):
+                    raise generation.failure
                 if generation.failure is not None:
                     raise EngineError(f"the request was lost: {generation.failure}") from generation.failure
                 self._step()
@@ -203,9 +207,14 @@ class Engine:
         except BaseException as error:
             # A step cut short, be it by Ctrl-C, leaves the scheduler half-way: every request is lost, and a new core
             # takes the next ones.
+            core.close()
             self._core = ReplicaCore(core.engine, self.config, self.model)
             self._lose_all(error)
             raise
+        for refusal in core.take_refused():
+            generation = self._generations.pop(refusal.rid, None)
+            if generation is not None:
+                generation.failure = RequestRefused(refusal.code, refusal.message)
         if batch is not None:
             self._take(batch, core)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,18 @@ from minisgl.sampling_params import SamplingParams
 class TokenMask(Protocol):
     """Says which tokens may come next; made for one request, and told each of its tokens in order."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can say so yet, or has a problem; its request waits for that."""
+
+    @property
+    def problem(self) -> Refusal | None:
+        """Why the request cannot go on."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token has completed the answer."""
+
     def fill(self, row: npt.NDArray[np.int32]) -> None:
         """Write every word of `row`, int32 [ceil(vocab / 32)]: bit i % 32 of word i // 32 set means token i may come.
 
@@ -22,6 +34,24 @@ class TokenMask(Protocol):
 
     def accept(self, token_id: int) -> None:
         """The request's next token, the one that ends it included."""
+
+
+class Refusal(NamedTuple):
+    """Why a request cannot go on: HTTP status, one word for programs, a sentence for people."""
+
+    status: int
+    code: str
+    message: str
+
+
+def withdraw(mask: npt.NDArray[np.int32], token_ids: Iterable[int]) -> None:
+    """Forbid tokens in a bit mask, unless nothing else is allowed."""
+    before = mask.copy()
+    words = mask.view(np.uint32)
+    for token_id in token_ids:
+        words[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
+    if not mask.any():
+        mask[:] = before
 
 
 class Adjustments:

@@ -9,12 +9,18 @@ from typing import Any, Protocol
 from minisgl import timeline
 from minisgl.config import ModelSpec, ServerConfig
 from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, RequestError, StreamOpen, TokenBatch, TokenizedRequest
+from minisgl.scheduler_proc.grammar import GrammarMask
+from minisgl.scheduler_proc.grammar_compiler import GrammarCompiler
+from minisgl.scheduler_proc.grammar_wire import CompilerSettings
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
+
+GRAMMAR_WAIT_SECONDS = 0.005
+"""How long a step without anything to compute waits for a grammar; new requests wait meanwhile."""
 
 
 class StepRunner(Protocol):
@@ -40,8 +46,8 @@ class StepRunner(Protocol):
 class ReplicaCore:
     """Takes requests, runs steps, and gives back what goes to the detokenizer.
 
-    Every submitted request ends in exactly one of: the RequestError that `submit` or `fail_all` returns, or one row of
-    a TokenBatch from `step` whose finish is not NONE.
+    Every submitted request ends in exactly one of: the RequestError that `submit`, `take_refused` or `fail_all`
+    returns, or one row of a TokenBatch from `step` whose finish is not NONE.
     """
 
     def __init__(
@@ -49,6 +55,15 @@ class ReplicaCore:
     ) -> None:
         self.engine = engine
         self.limits = scheduler_limits(config, model, engine.device_name)
+        self._grammars = GrammarCompiler(
+            CompilerSettings(
+                model.directory,
+                config.trust_remote_code,
+                model.vocab_size,
+                sorted(self.limits.eos_ids),
+                config.grammar_timeout,
+            )
+        )
         cache = None if config.disable_radix_cache else PrefixCache(engine.page_size)
         self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size), cache)
         self._replica = replica
@@ -68,7 +83,12 @@ class ReplicaCore:
     def submit(self, message: TokenizedRequest) -> RequestError | None:
         """Queue a request, or say why it can never run."""
         message.stamps.append(timeline.now())
-        return self.scheduler.submit(message)
+        grammar = message.sampling.grammar
+        if grammar is None:
+            return self.scheduler.submit(message)
+        stop_ids = self.limits.stop_ids(message.sampling)
+        mask = GrammarMask(self._grammars.compile(grammar), stop_ids, self.limits.eos_ids)
+        return self.scheduler.submit(message, mask)
 
     def abort(self, rid: int) -> None:
         """End a request with a row in the next batch; an unknown or ended one is ignored."""
@@ -95,6 +115,10 @@ class ReplicaCore:
         plan = self.scheduler.plan()
         if plan is not None:
             self._in_flight.append((plan, timeline.now(), self.engine.launch(plan)))
+        if plan is None and not self._in_flight:
+            # All there is waits for its grammar.
+            self._grammars.wait(GRAMMAR_WAIT_SECONDS)
+            return None
         if len(self._in_flight) <= (plan is not None and self.engine.runs_ahead):
             return None
         return self._retire(*self._in_flight.popleft())
@@ -122,6 +146,14 @@ class ReplicaCore:
             sampled.finishes,
             sampled.logprobs,
         )
+
+    def take_refused(self) -> list[RequestError]:
+        """The requests that could not go on, as errors: those whose grammar turned out wrong. Call it after a step."""
+        return self.scheduler.take_refused()
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        self._grammars.close()
 
     def fail_all(self, status: int, code: str, message: str) -> list[RequestError]:
         """The errors that end every request; the core is of no use afterwards."""

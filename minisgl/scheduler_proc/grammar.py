@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from minisgl.scheduler_proc.adjustments import Refusal, withdraw
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +21,6 @@ SECONDS_PER_TOKEN = 0.001
 
 A usual grammar takes 0.01 to 0.1 ms a token. Ambiguous ones (`(a|aa|[a-z]+)*`) take longer with every token.
 """
-
-
-class Refusal(NamedTuple):
-    """Why a request cannot go on: HTTP status, one word for programs, a sentence for people."""
-
-    status: int
-    code: str
-    message: str
 
 
 class GrammarRefused(Exception):
@@ -145,13 +139,3 @@ class GrammarState:
             self.problem = Refusal(
                 400, "invalid_grammar", "the grammar has come to a place where no token of this model can follow"
             )
-
-
-def withdraw(row: npt.NDArray[np.int32], token_ids: Iterable[int]) -> None:
-    """Forbid tokens in a mask, unless nothing else is allowed."""
-    before = row.copy()
-    words = row.view(np.uint32)
-    for token_id in token_ids:
-        words[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
-    if not row.any():
-        row[:] = before

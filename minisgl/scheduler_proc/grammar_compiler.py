@@ -18,8 +18,9 @@ from typing import Any
 
 from minisgl.child_process import package_environment
 from minisgl.sampling_params import Grammar
-from minisgl.scheduler_proc.grammar import GrammarRefused, Refusal
-from minisgl.scheduler_proc.grammar_server import CompilerSettings, read_frame, write_frame
+from minisgl.scheduler_proc.adjustments import Refusal
+from minisgl.scheduler_proc.grammar import GrammarRefused
+from minisgl.scheduler_proc.grammar_wire import CompilerSettings, read_frame, write_frame
 
 WORKERS = 2
 """Grammars compiled at once: a slow one does not hold up the others."""

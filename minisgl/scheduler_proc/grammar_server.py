@@ -15,19 +15,18 @@ import os
 import re
 import resource
 import signal
-import struct
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import msgpack
 import numpy as np
 
 from minisgl.detokenizer_proc.incremental import decoder_types
 from minisgl.scheduler_proc.grammar import GrammarState
+from minisgl.scheduler_proc.grammar_wire import CompilerSettings, read_frame, write_frame
 from minisgl.scheduler_proc.json_schema import UnsupportedSchema, enforceable, enforceable_structural_tag
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
@@ -36,43 +35,9 @@ MAX_EXTRA_MEMORY = 2**30
 MAX_COMPILED_BYTES = 16 * 2**20
 TRIAL_TOKENS = 48
 
-_HEADER = struct.Struct("<I")
-
-
-@dataclass(frozen=True)
-class CompilerSettings:
-    """What the server is started with; `seconds` is the time limit of one grammar."""
-
-    directory: str
-    trust_remote_code: bool
-    vocab_size: int
-    eos_ids: list[int]
-    seconds: float
-
 
 class Unusable(Exception):
     """The grammar is wrong or too costly; the message says why."""
-
-
-# ---- the wire between the scheduler and this process ----------------------------------------------------------------
-
-
-def write_frame(stream: IO[bytes], value: Any) -> None:
-    data = msgpack.packb(value)
-    stream.write(_HEADER.pack(len(data)) + data)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> Any:
-    """The next frame; raises EOFError when the other side is gone."""
-    header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise EOFError
-    data = stream.read(_HEADER.unpack(header)[0])
-    return msgpack.unpackb(data)
-
-
-# ---- this process ---------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

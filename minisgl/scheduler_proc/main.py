@@ -119,6 +119,8 @@ class SchedulerService:
     def step(self) -> None:
         """Run one step, if there is something to run, and send its tokens."""
         batch = self._core.step()
+        for refusal in self._core.take_refused():
+            self._detokenizers.send(refusal.rid % self._count, refusal)
         if batch is None:
             return
         if self._count == 1:
@@ -135,6 +137,7 @@ class SchedulerService:
             self._detokenizers.deliver(index, [error for error in errors if error.rid % self._count == index])
 
     def close(self) -> None:
+        self._core.close()
         self._detokenizers.close()
 
     def _submit(self, message: TokenizedRequest) -> None:

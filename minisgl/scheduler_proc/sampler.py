@@ -9,7 +9,7 @@ runs beside it, after a preemption, and on any replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.sampling_params import SamplingParams
-from minisgl.scheduler_proc.adjustments import Adjustments
+from minisgl.scheduler_proc.adjustments import Adjustments, withdraw
 from minisgl.scheduler_proc.models.forward_batch import Array
 from minisgl.scheduler_proc.request import StepRow
 
@@ -131,18 +131,9 @@ def _mask_columns(masked: Sequence[tuple[int, StepRow]], vocab_size: int) -> lis
         if row.request.token_mask is not None:
             row.request.token_mask.fill(mask)
         if _bans(row):
-            _withdraw(mask, row.request.stop_ids)
+            # Nothing else allowed: then the grammar leaves no choice.
+            withdraw(mask, row.request.stop_ids)
     return [np.array([index for index, _ in masked], np.int32), masks]
-
-
-def _withdraw(mask: Array, token_ids: Iterable[int]) -> None:
-    """Forbid tokens in a bit mask, unless nothing else is allowed: then the grammar leaves no choice."""
-    before = mask.copy()
-    words = mask.view(np.uint32)
-    for token_id in token_ids:
-        words[token_id // 32] &= np.uint32(2**32 - 1 - (1 << token_id % 32))
-    if not mask.any():
-        mask[:] = before
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from minisgl import timeline
 from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
-from minisgl.sampling_params import InvalidSamplingParams
-from minisgl.scheduler_proc.adjustments import TokenMask
+from minisgl.sampling_params import InvalidSamplingParams, SamplingParams
+from minisgl.scheduler_proc.adjustments import Refusal, TokenMask
 from minisgl.scheduler_proc.kv_pages import KvPages
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
@@ -43,6 +43,11 @@ class SchedulerLimits:
     step_tokens: int
     eos_ids: frozenset[int]
     vocab_size: int
+
+    def stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """The token ids that end a request's answer."""
+        own = frozenset(token_id for token_id in sampling.stop_token_ids if token_id < self.vocab_size)
+        return own if sampling.ignore_eos else own | self.eos_ids
 
 
 @dataclass(slots=True)
@@ -75,6 +80,8 @@ class Scheduler:
         self.preemptions = 0
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
+        self._held: list[Request] = []
+        self._refused: list[RequestError] = []
         self._running: list[Request] = []
         self._planned_step = 0
         # Prompts advance even when decode rows alone fill the step.
@@ -86,7 +93,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._held)
+
+    @property
+    def held(self) -> int:
+        """How many of the waiting ones wait for their token masks alone."""
+        return len(self._held)
 
     def rids(self) -> Iterator[int]:
         """Every request that has not ended."""
@@ -112,30 +124,31 @@ class Scheduler:
         """Queue a request, or say why it can never run. A request id that is already in use is ignored.
 
         Args:
-            token_mask: enforces the request's grammar, if it has one.
+            token_mask: enforces the request's grammar, if it has one. Until it is ready the request is held, and holds
+                up no other; its place in the queue is where it stands then.
         """
         if message.rid in self._requests:
             return None
-        problem = self._problem_with(message)
-        if problem is None and message.sampling.grammar is not None and token_mask is None:
-            problem = "invalid_request", "structured output is not available here; leave the grammar out"
+        ready = token_mask is None or token_mask.ready
+        problem = self._problem_with(message) or (token_mask.problem if token_mask else None)
         if problem is not None:
-            return RequestError(message.rid, 400, *problem)
-        sampling, limits = message.sampling, self.limits
-        stop_ids = frozenset(token_id for token_id in sampling.stop_token_ids if token_id < limits.vocab_size)
-        prompt_len = len(message.input_ids)
+            return RequestError(message.rid, *problem)
+        sampling, prompt_len = message.sampling, len(message.input_ids)
         request = Request(
             rid=message.rid,
             token_ids=list(message.input_ids),
             prompt_len=prompt_len,
             sampling=sampling,
             max_new_tokens=sampling.max_new_tokens or self._token_limit() - prompt_len,
-            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | limits.eos_ids,
+            stop_ids=self.limits.stop_ids(sampling),
             stamps=message.stamps,
             token_mask=token_mask,
         )
         self._requests[request.rid] = request
-        self._waiting.append(request)
+        if ready:
+            self._waiting.append(request)
+        else:
+            self._held.append(request)
         return None
 
     def abort(self, rid: int) -> Request | None:
@@ -143,13 +156,14 @@ class Scheduler:
         request = self._requests.get(rid)
         if request is None:
             return None
-        # Running requests own at least one page, waiting ones none.
-        if request.pages:
-            self._running.remove(request)
-        else:
-            self._waiting.remove(request)
+        self._take_out(request)
         self._end(request, FinishReason.ABORT)
         return request
+
+    def take_refused(self) -> list[RequestError]:
+        """The requests that could not go on since the last call; nothing else tells of their end."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def flush_cache(self) -> bool:
         """Forget every cached prefix; False, and nothing is done, while requests run or wait."""
@@ -166,6 +180,8 @@ class Scheduler:
 
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
+        if self._held:
+            self._release_held()
         rows: list[StepRow] = []
         self._plan_decodes(rows)
         decode_rows = len(rows)
@@ -194,11 +210,18 @@ class Scheduler:
             request.token_ids.append(token)
             if request.needs_last_token:
                 request.observe(token)
+                if request.token_mask and request.token_mask.problem:
+                    self._take_out(request)
+                    self._refuse(request, request.token_mask.problem)
+                    continue
             output_len = len(request.token_ids) - request.prompt_len
             if output_len == 1:
                 sampled.opened.append(request)
-            # A mask allows a stop token early only when nothing else may come.
-            if token in request.stop_ids and (output_len > request.sampling.min_new_tokens or request.token_mask):
+            if (
+                request.token_mask.ended
+                if request.token_mask
+                else token in request.stop_ids and output_len > request.sampling.min_new_tokens
+            ):
                 finish = FinishReason.STOP
             elif output_len >= request.max_new_tokens:
                 finish = FinishReason.LENGTH
@@ -221,6 +244,15 @@ class Scheduler:
         return sampled
 
     # ---- how a step is made ----
+
+    def _release_held(self) -> None:
+        """Queue the requests whose token masks are ready."""
+        for request in [request for request in self._held if request.token_mask and request.token_mask.ready]:
+            self._held.remove(request)
+            if request.token_mask and request.token_mask.problem:
+                self._refuse(request, request.token_mask.problem)
+            else:
+                self._waiting.append(request)
 
     def _plan_decodes(self, rows: list[StepRow]) -> None:
         """Add a row for every request that decodes, oldest first, as far as KV pages go."""
@@ -312,6 +344,21 @@ class Scheduler:
         running.append(self._waiting.popleft())
         return True
 
+    def _take_out(self, request: Request) -> None:
+        """Take a request from where it runs or waits."""
+        # Running requests own at least one page, the others none.
+        if request.pages:
+            self._running.remove(request)
+        elif request in self._held:
+            self._held.remove(request)
+        else:
+            self._waiting.remove(request)
+
+    def _refuse(self, request: Request, refusal: Refusal) -> None:
+        """End a request that cannot go on and has been taken out."""
+        self._end(request, FinishReason.ABORT)
+        self._refused.append(RequestError(request.rid, *refusal))
+
     def _end(self, request: Request, finish: FinishReason) -> None:
         request.finish = finish
         del self._requests[request.rid]
@@ -375,8 +422,13 @@ class Scheduler:
         """Most tokens that prompt and answer of one request can have together."""
         return min(self.limits.context_length, self.pages.total * self.pages.page_size)
 
-    def _problem_with(self, message: TokenizedRequest) -> tuple[str, str] | None:
-        """Why a request can never run, as (code, sentence); None when it can."""
+    def _problem_with(self, message: TokenizedRequest) -> Refusal | None:
+        """Why a request can never run; None when it can."""
+        problem = self._wrong_with(message)
+        return None if problem is None else Refusal(400, *problem)
+
+    def _wrong_with(self, message: TokenizedRequest) -> tuple[str, str] | None:
+        """The code and sentence of such a refusal."""
         prompt_len, asked = len(message.input_ids), message.sampling.max_new_tokens
         if not prompt_len:
             return "invalid_request", "the prompt is empty; send at least one token"

@@ -275,6 +275,7 @@ class SomeTokens:
     def __init__(self, *token_ids: int) -> None:
         self.token_ids = token_ids
         self.accepted: list[int] = []
+        self.ready, self.problem, self.ended = True, None, False
 
     def fill(self, row: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         row[:] = 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from scheduler_fakes import EOS, VOCAB_SIZE, FakeEngine, make_scheduler, tokenized, undisturbed
 
-from minisgl.messages import FinishReason, TokenizedRequest
+from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
 from minisgl.sampling_params import Grammar, SamplingParams
+from minisgl.scheduler_proc.adjustments import Refusal
 from minisgl.scheduler_proc.request import StepPlan
 from minisgl.scheduler_proc.scheduler import SampledTokens, Scheduler
 
@@ -356,26 +357,66 @@ def test_who_needs_the_last_token_waits_for_it_while_others_run_ahead() -> None:
     assert planned == [[1, 2], [1], [1, 2], [1], [1, 2]]
 
 
-def test_a_token_mask_sees_every_token_and_a_grammar_without_one_is_refused() -> None:
-    class Mask:
-        def __init__(self) -> None:
-            self.accepted: list[int] = []
+class FakeMask:
+    """A TokenMask that the fake engine does not heed."""
 
-        def fill(self, row: object) -> None:
-            raise AssertionError("the fake engine samples without it")
+    def __init__(self, ready: bool = True) -> None:
+        self.ready = ready
+        self.problem: Refusal | None = None
+        self.ended = False
+        self.accepted: list[int] = []
 
-        def accept(self, token_id: int) -> None:
-            self.accepted.append(token_id)
+    def fill(self, row: object) -> None:
+        raise AssertionError("the fake engine samples without it")
 
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_a_token_mask_sees_every_token_once() -> None:
     scheduler, engine = make_scheduler(num_pages=6, page_size=2)
-    mask = Mask()
+    mask = FakeMask()
     scheduler.submit(tokenized(1, [5, 6], max_new_tokens=6))
     scheduler.submit(tokenized(2, [7, 8], max_new_tokens=6, grammar=Grammar("json_object", "")), mask)
     answers = run_out(scheduler, engine)
     assert scheduler.preemptions > 0
     assert mask.accepted == answers[2][0] == undisturbed([7, 8], SamplingParams(max_new_tokens=6), 6)[0]
-    refusal = scheduler.submit(tokenized(3, [7], max_new_tokens=4, grammar=Grammar("json_object", "")))
-    assert refusal is not None and "structured output" in refusal.message
+
+
+def test_a_request_whose_mask_is_not_ready_holds_up_no_other() -> None:
+    scheduler, engine = make_scheduler()
+    late, gone, wrong = FakeMask(ready=False), FakeMask(ready=False), FakeMask(ready=False)
+    for rid, mask in ((1, late), (2, gone), (3, wrong)):
+        assert scheduler.submit(tokenized(rid, [5], **ENDLESS), mask) is None
+    assert scheduler.plan() is None
+    assert (scheduler.running, scheduler.waiting, scheduler.held) == (0, 3, 3)
+    scheduler.submit(tokenized(4, [6], **ENDLESS))
+    assert step(scheduler, engine).rids == [4]
+    assert scheduler.abort(2) is not None
+    wrong.problem = Refusal(400, "invalid_grammar", "no")
+    late.ready = gone.ready = wrong.ready = True
+    assert set(step(scheduler, engine).rids) == {1, 4}
+    assert scheduler.take_refused() == [RequestError(3, 400, "invalid_grammar", "no")]
+    assert scheduler.take_refused() == []
+    assert set(run_out(scheduler, engine)) == {1, 4}
+    assert scheduler.leaked_pages() == 0
+
+
+def test_a_mask_ends_its_request_or_breaks_it_off() -> None:
+    scheduler, engine = make_scheduler()
+    ending, breaking = FakeMask(), FakeMask()
+    scheduler.submit(tokenized(1, [5], **ENDLESS), ending)
+    scheduler.submit(tokenized(2, [6], **ENDLESS), breaking)
+    step(scheduler, engine)
+    ending.ended = True
+    breaking.problem = Refusal(400, "invalid_grammar", "too slow")
+    sampled = step(scheduler, engine)
+    assert (sampled.rids, sampled.finishes) == ([1], [FinishReason.STOP])
+    assert scheduler.take_refused() == [RequestError(2, 400, "invalid_grammar", "too slow")]
+    assert list(scheduler.rids()) == [] and scheduler.leaked_pages() == 0
+    assert scheduler.submit(tokenized(3, [6], **ENDLESS), breaking) == RequestError(
+        3, 400, "invalid_grammar", "too slow"
+    )
 
 
 def test_a_bias_for_a_token_that_is_none_is_refused() -> None:
@@ -385,3 +426,22 @@ def test_a_bias_for_a_token_that_is_none_is_refused() -> None:
     assert (
         refusal is not None and refusal.status == 400 and f"logit_bias names token id {VOCAB_SIZE}" in refusal.message
     )
+
+
+def test_a_prompt_preempted_half_way_gives_each_log_probability_once() -> None:
+    scheduler, engine = make_scheduler(num_pages=10, page_size=1, step_tokens=2)
+    scheduler.submit(tokenized(1, [5], max_new_tokens=9, ignore_eos=True))
+    step(scheduler, engine)
+    scheduler.submit(tokenized(2, [1, 2, 3, 4, 5, 6], max_new_tokens=1, prompt_logprobs_from=2))
+    found, in_flight = [], []
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        if plan is not None:
+            in_flight.append((plan, engine.launch(plan)))
+        if len(in_flight) > 1 or plan is None:
+            plan, launched = in_flight.pop(0)
+            token_ids = engine.retire(launched)
+            found += scheduler.retire(plan, token_ids, engine.logprobs(launched)).logprobs
+        assert len(in_flight) < 3
+    assert scheduler.preemptions == 1
+    assert found == [Logprobs(0, True, [3, 4, 5, 6], [2.0, 3.0, 4.0, 5.0])]
