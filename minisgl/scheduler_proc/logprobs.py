@@ -22,11 +22,11 @@ ROWS_AT_ONCE = 64
 
 
 class Owner(NamedTuple):
-    """Whose `count` tokens these are, and the position of the first."""
+    """Whose tokens these are, how many, and the position of the first."""
 
     request: Request
     position: int
-    count: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class PendingLogprobs:
         token_ids, values = self.token_ids.tolist(), self.values.tolist()
         top_ids, top_values = self.top_ids.tolist(), self.top_values.tolist()
         end = 0
-        for request, position, count in self.owners:
-            begin, end = end, end + count
+        for request, position, tokens in self.owners:
+            begin, end = end, end + tokens
             most = request.sampling.logprobs or 0
             part = Logprobs(
                 row=0,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scheduler_fakes import make_scheduler, tokenized
 from tiny_models import VOCAB_SIZE, Checkpoint, CheckpointMaker, load_engine, prompts, server_config
 
 from minisgl.messages import NO_TOKEN, Logprobs, TokenizedRequest
@@ -178,3 +179,24 @@ def test_a_step_scores_a_bounded_number_of_positions(checkpoint: CheckpointMaker
         scored.append(sum(len(scored_positions(row)) for row in plan.rows))
     assert sum(tokens) == 6 * 101 and tokens[0] > SCORED_TOKENS
     assert sum(scored) == 11 + 5 * 100 and max(scored) <= SCORED_TOKENS
+
+
+def test_a_prompt_preempted_half_way_gives_each_log_probability_once() -> None:
+    scheduler, engine = make_scheduler(num_pages=10, page_size=1, step_tokens=2)
+    scheduler.submit(tokenized(1, [5], max_new_tokens=9, ignore_eos=True))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.retire(plan, engine.retire(engine.launch(plan)))
+    scheduler.submit(tokenized(2, [1, 2, 3, 4, 5, 6], max_new_tokens=1, prompt_logprobs_from=2))
+    found, in_flight = [], []
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.plan()
+        if plan is not None:
+            in_flight.append((plan, engine.launch(plan)))
+        if len(in_flight) > 1 or plan is None:
+            plan, launched = in_flight.pop(0)
+            token_ids = engine.retire(launched)
+            found += scheduler.retire(plan, token_ids, engine.logprobs(launched)).logprobs
+        assert len(in_flight) < 3
+    assert scheduler.preemptions == 1
+    assert found == [Logprobs(0, True, [3, 4, 5, 6], [2.0, 3.0, 4.0, 5.0])]

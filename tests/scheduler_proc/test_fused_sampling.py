@@ -1,0 +1,109 @@
+"""Sampling on the fused CUDA forward with steps launched ahead; without CUDA in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the interpreter needs it too")
+
+from minisgl.config import ModelSpec, ServerConfig  # noqa: E402
+from minisgl.messages import Logprobs, TokenizedRequest  # noqa: E402
+from minisgl.sampling_params import SamplingParams  # noqa: E402
+from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
+from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
+from minisgl.scheduler_proc.core import ReplicaCore, scheduler_limits  # noqa: E402
+from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
+from minisgl.scheduler_proc.engine import StepEngine  # noqa: E402
+from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
+from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder  # noqa: E402
+from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
+
+PAGE_SIZE, PAGES, CONTEXT, VOCAB_SIZE = 4, 64, 64, 97
+CONFIG = ServerConfig(device="cpu", max_running_requests=4, chunked_prefill_size=8)
+SPEC = ModelSpec("", "tiny", "tiny", CONTEXT, VOCAB_SIZE, (), "Qwen2ForCausalLM")
+SHAPE = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+}
+WISHES: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"logprobs": 2, "prompt_logprobs_from": 0, "temperature": 0.0},
+    {"logprobs": 0, "presence_penalty": 2.0, "temperature": 0.7, "seed": 4},
+]
+
+
+def engine_of(model: Decoder, fused: bool, captured: bool) -> StepEngine:
+    pool = KVPool(model.kv_shapes, PAGES + 1, PAGE_SIZE, torch.float32, DEVICE)
+    graphs = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 4, CONTEXT) if fused else None
+    if captured and graphs is not None:
+        graphs.capture_all(lambda done, total: None)
+    limits = scheduler_limits(CONFIG, SPEC, "cpu")
+    return StepEngine(model, TorchSdpaAttention(pool), graphs, pool, PAGES, limits, DEVICE, 1)
+
+
+def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logprobs]]]:
+    core = ReplicaCore(engine, CONFIG, SPEC)
+    for rid, fields in enumerate(WISHES):
+        prompt = [rid + 1, *range(20, 31)]
+        assert core.submit(TokenizedRequest(rid, prompt, SamplingParams(max_new_tokens=5, **fields), [0])) is None
+    tokens: dict[int, list[int]] = {rid: [] for rid in range(len(WISHES))}
+    parts: dict[int, list[Logprobs]] = {rid: [] for rid in range(len(WISHES))}
+    while core.busy:
+        batch = core.step()
+        for rid, token_id in zip(batch.rids, batch.token_ids, strict=True) if batch else ():
+            tokens[rid].append(token_id)
+        for part in batch.logprobs if batch else ():
+            assert batch is not None
+            parts[batch.rids[part.row]].append(part)
+    return tokens, parts
+
+
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    with torch.inference_mode():
+        model = load_model(
+            tmp_path,
+            dtype=torch.float32,
+            device=DEVICE,
+            context_length=CONTEXT,
+            dummy_seed=1,
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+        )
+        assert isinstance(model, Decoder)
+        # Noise this small makes nearly equal logits; larger weights keep rounding from deciding.
+        model.weights.embedding.mul_(20)
+        plain, fused = engine_of(model, False, captured), engine_of(model, True, captured)
+    assert fused.runs_ahead and not plain.runs_ahead
+    expected_tokens, expected = serve(plain)
+    tokens, found = serve(fused)
+    assert tokens == expected_tokens
+    assert [len(parts) for parts in found.values()] == [0, 6, 5]
+    assert found[1][0].of_prompt and len(found[1][0].values) == 12
+    for rid in found:
+        for ours, theirs in zip(found[rid], expected[rid], strict=True):
+            assert (ours.of_prompt, ours.token_ids, ours.top_ids) == (
+                theirs.of_prompt,
+                theirs.token_ids,
+                theirs.top_ids,
+            )
+            assert ours.values == pytest.approx(theirs.values, abs=1e-4, nan_ok=True)
+            assert ours.top_values == pytest.approx(theirs.top_values, abs=1e-4, nan_ok=True)
