@@ -50,15 +50,51 @@ class TokenTexts:
             everything = _ByteLevelTable.of(vocabulary)
             self._byte_level = {False: everything, True: everything.without(self.special_ids)}
         self.known_ids = frozenset(vocabulary.values())
-        self.byte_ids = frozenset(
-            token_id for token, token_id in vocabulary.items() if "ByteFallback" in decoders and _is_byte_token(token)
-        )
+        byte_pieces = {
+            token_id: bytes([int(token[3:5], 16)])
+            for token, token_id in vocabulary.items()
+            if "ByteFallback" in decoders and _is_byte_token(token)
+        }
+        self.byte_ids = frozenset(byte_pieces)
+        added = {token_id: token.content.encode() for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        self._pieces = {**byte_pieces, **added}
+        self._context: tuple[list[int], str] | None = None
 
     def open(self, skip_special_tokens: bool) -> IncrementalText:
         """A fresh text."""
         if self._byte_level:
             return ByteLevelText(self._byte_level[skip_special_tokens])
         return WindowText(self, skip_special_tokens)
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text; special tokens stand for their names.
+
+        Unlike the text of an answer they have parts of characters and a first word's leading space. An id outside the
+        vocabulary has none.
+        """
+        if self._byte_level:
+            return self._byte_level[False].data.get(token_id, b"")
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._added_text(token_id).encode() if token_id in self.known_ids else b""
+        return self._pieces[token_id]
+
+    def _added_text(self, token_id: int) -> str:
+        """What a token adds to a text that has begun: alone it would lose its leading space."""
+        if self._context is None:
+            self._context = self._find_context()
+        context, context_text = self._context
+        text = self.tokenizer.decode([*context, token_id], skip_special_tokens=False)
+        if text.startswith(context_text):
+            return text[len(context_text) :]
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _find_context(self) -> tuple[list[int], str]:
+        """A token that is a plain word or part of one, and its text; none if there is no such token."""
+        for token_id in sorted(self.known_ids - self._pieces.keys()):
+            text = self.tokenizer.decode([token_id], skip_special_tokens=False)
+            if text.isascii() and text.isalpha():
+                return [token_id], text
+        return [], ""
 
     def describe(self, token_id: int) -> str:
         """One token's own text as a JSON string, special tokens included: for people who watch."""

@@ -10,6 +10,7 @@ from minisgl import timeline
 from minisgl.channels import Peers
 from minisgl.config import WorkerSpec
 from minisgl.detokenizer_proc.incremental import TokenTexts
+from minisgl.detokenizer_proc.shown_logprobs import ShownLogprobs
 from minisgl.detokenizer_proc.stream import Delta, StreamDecoder
 from minisgl.messages import (
     NO_TOKEN,
@@ -64,6 +65,7 @@ class Stream:
         finish: how the scheduler has ended it in this round.
         cut: a stop string or an error ended it here; the scheduler has been told and its rows are ignored.
         tokens: how many tokens have arrived in all (kept when narrating).
+        logprobs: what has arrived of them; None until something has.
     """
 
     rid: int
@@ -76,6 +78,7 @@ class Stream:
     finish: FinishReason = FinishReason.NONE
     cut: bool = False
     tokens: int = 0
+    logprobs: ShownLogprobs | None = None
 
 
 class DetokenizerService:
@@ -141,13 +144,28 @@ class DetokenizerService:
                 self._end(stream)
             elif not delta.text:
                 continue
-            _append_row(batches[stream.http_index], stream, delta)
+            self._append_row(batches[stream.http_index], stream, delta)
         sent_ns = timeline.now()
         for http_index, batch in batches.items():
             batch.steps_ns = steps_ns
             for opening in batch.openings:
                 opening.stamps.append(sent_ns)
             self._http.send(http_index, batch)
+
+    def _append_row(self, batch: DeltaBatch, stream: Stream, delta: Delta) -> None:
+        row = len(batch.rids)
+        if stream.opening is not None:
+            opened, stream.opening = stream.opening, None
+            batch.openings.append(Opening(row, opened.prompt_tokens, opened.cached_tokens, opened.stamps))
+        if delta.matched is not None:
+            batch.matched[row] = delta.matched
+        if stream.logprobs is not None:
+            batch.logprobs += stream.logprobs.show(len(delta.token_ids), row, self._texts)
+        batch.rids.append(stream.rid)
+        batch.texts.append(delta.text)
+        batch.token_counts.append(len(delta.token_ids))
+        batch.token_ids.extend(delta.token_ids)
+        batch.finishes.append(delta.finish)
 
     def close(self) -> None:
         self._http.close()
@@ -175,13 +193,20 @@ class DetokenizerService:
                     stream.arrived.append(token_id)
                 stream.finish = finish
                 self._news[rid] = stream
+        for part in batch.logprobs:
+            stream = self._streams.get(batch.rids[part.row])
+            if stream is not None:
+                stream.logprobs = stream.logprobs or ShownLogprobs()
+                stream.logprobs.add(part)
 
     def _open(self, opened: StreamOpen, batch: TokenBatch, arrived_ns: int) -> None:
         http_index, _ = http_worker_of(opened.rid)
         if http_index not in range(len(self._http.names)):
             return
         opened.stamps.append(arrived_ns)
-        decoder = StreamDecoder(self._texts, opened.stop, opened.skip_special_tokens, opened.no_stop_trim)
+        decoder = StreamDecoder(
+            self._texts, opened.stop, opened.skip_special_tokens, opened.no_stop_trim, opened.min_new_tokens
+        )
         self._streams[opened.rid] = Stream(opened.rid, http_index, batch.replica, batch.epoch, decoder, opened)
 
     def _forward_error(self, error: RequestError) -> None:
@@ -236,17 +261,3 @@ class DetokenizerService:
                 token_id,
                 self._texts.describe(token_id),
             )
-
-
-def _append_row(batch: DeltaBatch, stream: Stream, delta: Delta) -> None:
-    row = len(batch.rids)
-    if stream.opening is not None:
-        opened, stream.opening = stream.opening, None
-        batch.openings.append(Opening(row, opened.prompt_tokens, opened.cached_tokens, opened.stamps))
-    if delta.matched is not None:
-        batch.matched[row] = delta.matched
-    batch.rids.append(stream.rid)
-    batch.texts.append(delta.text)
-    batch.token_counts.append(len(delta.token_ids))
-    batch.token_ids.extend(delta.token_ids)
-    batch.finishes.append(delta.finish)

@@ -34,9 +34,10 @@ class StreamDecoder:
     Args:
         texts: made once per tokenizer.
         stop: stop strings; none of them empty.
+        min_new_tokens: the text of this many tokens is not looked at for stop strings.
     """
 
-    __slots__ = ("_held_ids", "_keep_stop", "_stops", "_text")
+    __slots__ = ("_held_ids", "_keep_stop", "_stops", "_text", "_unstoppable")
 
     def __init__(
         self,
@@ -44,10 +45,12 @@ class StreamDecoder:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         no_stop_trim: bool = False,
+        min_new_tokens: int = 0,
     ) -> None:
         self._text = texts.open(skip_special_tokens)
         self._stops = StopMatcher(stop, keep_match=no_stop_trim) if stop else None
         self._keep_stop = no_stop_trim
+        self._unstoppable = min_new_tokens
         self._held_ids: list[int] = []
 
     def advance(self, token_ids: Sequence[int], finish: FinishReason = FinishReason.NONE) -> Delta:
@@ -84,7 +87,12 @@ class StreamDecoder:
         """The text to show, and how many of the tokens were taken until a stop string matched."""
         parts: list[str] = []
         for taken, token_id in enumerate(token_ids, 1):
-            parts.append(stops.feed(self._text.push((token_id,))))
+            text = self._text.push((token_id,))
+            if self._unstoppable:
+                self._unstoppable -= 1
+                parts.append(text)
+                continue
+            parts.append(stops.feed(text))
             if stops.matched is not None:
                 return "".join(parts), taken
         if ends:

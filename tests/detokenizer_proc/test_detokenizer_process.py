@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import sample_tokenizers
@@ -21,6 +22,7 @@ from minisgl.messages import (
     DeltaBatch,
     FinishReason,
     GenerateRequest,
+    Logprobs,
     RequestError,
     StreamOpen,
     TokenBatch,
@@ -260,3 +262,64 @@ def test_the_process_survives_garbage_and_goes_on(wiring: Wiring) -> None:
         worker.send(batch((rid(1), NO_TOKEN, ABORT)), RequestError(rid(2), 400, "code", "message"))
         assert take(http) == [RequestError(rid(2), 400, "code", "message")]
         assert worker.wait_stats(lambda stats: stats.get("streams") == 0)
+
+
+def scores(row: int, *token_ids: int, of_prompt: bool = False, most: int = 0) -> Logprobs:
+    values = [-float(token_id) for token_id in token_ids]
+    top_ids = [(token_id + place) % 300 for token_id in token_ids for place in range(most)]
+    return Logprobs(row, of_prompt, list(token_ids), values, top_ids, [-0.5] * len(top_ids))
+
+
+def with_pieces(part: Logprobs) -> Logprobs:
+    return replace(part, pieces=[TEXTS.piece(token_id) for token_id in (*part.token_ids, *part.top_ids)])
+
+
+def test_log_probabilities_go_with_the_row_that_shows_their_tokens(wiring: Wiring) -> None:
+    bench = Bench(wiring)
+    asking, silent = rid(1), rid(2)
+    *half, rest = ids("𓀀")
+    prompt = scores(1, 7, 8, of_prompt=True, most=1)
+    first = batch((silent, half[0], NONE), (asking, half[0], NONE), opened=[opening(silent), opening(asking)])
+    first.logprobs = [prompt, scores(1, half[0], most=2)]
+    bench.round(first)
+    assert nothing_in(bench.http[0])
+    for token_id in (*half[1:], rest):
+        later = batch((asking, token_id, NONE))
+        later.logprobs = [scores(0, token_id, most=2)]
+        bench.round(later)
+    last = batch((asking, IM_END, STOP), (silent, IM_END, STOP))
+    last.logprobs = [scores(0, IM_END, most=2)]
+    bench.round(last)
+    shown, ended = take(bench.http[0], 2)
+    assert shown.texts == ["𓀀"] and shown.token_ids == [*half, rest]
+    together = with_pieces(scores(0, *half, rest, most=2))
+    assert shown.logprobs == [with_pieces(replace(prompt, row=0)), together]
+    assert b"".join(together.pieces[:4]) == "𓀀".encode()
+    assert ended.logprobs == [with_pieces(scores(0, IM_END, most=2))]
+    assert ended.logprobs[0].pieces[0] == b"<|im_end|>"
+
+
+def test_log_probabilities_end_with_the_token_that_completes_a_stop_string(wiring: Wiring) -> None:
+    bench = Bench(wiring)
+    token_ids = ids("hello world, the end")
+    arriving = batch(*((rid(1), token_id, NONE) for token_id in token_ids), opened=[opening(rid(1), ["world"])])
+    arriving.logprobs = [scores(row, token_id) for row, token_id in enumerate(token_ids)]
+    bench.round(arriving)
+    late = batch((rid(1), 9, NONE), (rid(1), NO_TOKEN, ABORT))
+    late.logprobs = [scores(0, 9)]
+    bench.round(late)
+    (deltas,) = take(bench.http[0])
+    assert deltas.matched == {0: "world"}
+    assert deltas.logprobs == [with_pieces(scores(0, *deltas.token_ids))]
+    assert len(deltas.token_ids) < len(token_ids)
+    assert bench.stat("streams") == 0
+
+
+def test_a_stop_string_before_min_new_tokens_does_not_count(wiring: Wiring) -> None:
+    bench = Bench(wiring)
+    token_ids = ids("hello hello")
+    opened = opening(rid(1), ["hello"])
+    opened.min_new_tokens = len(ids("hello"))
+    bench.round(batch(*((rid(1), token_id, NONE) for token_id in token_ids), opened=[opened]))
+    (deltas,) = take(bench.http[0])
+    assert (deltas.texts, deltas.matched) == (["hello "], {0: "hello"})

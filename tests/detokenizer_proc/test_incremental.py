@@ -198,3 +198,34 @@ def byte_characters() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     above = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(above)) for byte in range(256)]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "demo"])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_pieces_of_byte_level_tokens_are_the_bytes_of_their_text(kind: str, data: st.DataObject) -> None:
+    vocabulary = tokenizer_of(kind).get_vocab_size()
+    token_ids = data.draw(st.lists(st.integers(0, vocabulary + 2), max_size=30))
+    joined = b"".join(texts_of(kind).piece(token_id) for token_id in token_ids)
+    assert joined.decode("utf-8", "replace") == tokenizer_of(kind).decode(token_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", ["hello the 世界 𓀀", "the\n world. hello", " two  spaces"])
+@pytest.mark.parametrize("kind", ["byte_level", "llama_style", "unigram", "demo"])
+def test_pieces_have_parts_of_characters_and_leading_spaces(kind: str, text: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    found = [texts_of(kind).piece(token_id) for token_id in token_ids]
+    assert b"".join(found) in (text.encode(), b" " + text.encode())
+    if "𓀀" in text:
+        assert all(len(piece) == 1 for piece in found[-4:])
+
+
+def test_pieces_of_special_tokens_are_their_names_and_others_have_none() -> None:
+    for kind, token in (("byte_level", "<|im_end|>"), ("llama_style", "</s>"), ("wordpiece", "[CLS]")):
+        token_id = tokenizer_of(kind).token_to_id(token)
+        assert texts_of(kind).piece(token_id) == token.encode()
+        for nothing in (-1, tokenizer_of(kind).get_vocab_size() + 7):
+            assert texts_of(kind).piece(nothing) == b""
+    words = [texts_of("wordpiece").piece(tokenizer_of("wordpiece").token_to_id(word)) for word in ("do", "##re", ".")]
+    assert words == [b" do", b"re", b"."]

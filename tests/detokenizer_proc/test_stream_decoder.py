@@ -154,3 +154,22 @@ def test_rows_after_a_match_in_the_same_batch_are_not_part_of_it(finish: FinishR
     delta = stream.advance(ids("hello world, the end"), finish)
     assert (delta.text, delta.finish, delta.matched) == ("hello ", FinishReason.STOP, "world")
     assert TOKENIZER.decode(delta.token_ids) == "hello world"
+
+
+def test_stop_strings_do_not_count_in_the_first_tokens() -> None:
+    token_ids = ids("stop stop stop here")
+    sizes = [len(TOKENIZER.decode(token_ids[:count])) for count in range(len(token_ids) + 1)]
+    for least in range(len(token_ids) + 1):
+        stream = StreamDecoder(TEXTS["byte_level"], ["top"], min_new_tokens=least)
+        text, taken = "", 0
+        for token_id in token_ids:
+            delta = stream.advance([token_id])
+            text, taken = text + delta.text, taken + len(delta.token_ids)
+            if delta.finish:
+                break
+        else:
+            text += stream.advance([], FinishReason.LENGTH).text
+        whole = TOKENIZER.decode(token_ids)
+        end = whole.find("top", sizes[least])
+        assert text == (whole if end < 0 else whole[:end])
+        assert taken >= least
