@@ -145,7 +145,11 @@ class ServerConfig:
         "http processes; 0 chooses: one per four CPUs on a GPU host, at most four per GPU, elsewhere one",
         group="processes and their patience",
     )
-    tokenizer_workers: int = _flag(1, "tokenizer processes", "--tokenizer-worker-num")
+    tokenizer_workers: int = _flag(
+        0,
+        "tokenizer processes; 0 chooses: one per eight CPUs on a GPU host, at most two per GPU, elsewhere one",
+        "--tokenizer-worker-num",
+    )
     detokenizer_workers: int = _flag(
         0, "detokenizer processes; 0 chooses: one per two GPUs if there are eight CPUs for each, else one"
     )
@@ -175,11 +179,10 @@ class ServerConfig:
     disable_cuda_graph: bool = _flag(False, "run every step kernel by kernel (slower; for debugging)")
 
     def __post_init__(self) -> None:
-        for name in ("tokenizer_workers", "max_queued_requests"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("http_workers", "detokenizer_workers"):
+        for name in ("http_workers", "tokenizer_workers", "detokenizer_workers"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in (
+            "max_queued_requests",
             "dp_size",
             "page_size",
             "max_total_tokens",

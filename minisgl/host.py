@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
+import math
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from minisgl.config import ServerConfig
 from minisgl.launcher import LaunchFailed
@@ -153,17 +155,17 @@ def _remove_sockets(path: Path) -> None:
 
 # ---- workers -------------------------------------------------------------------------------------------------------
 
-_CPUS_PER_HTTP_WORKER, _MOST_HTTP_WORKERS_PER_GPU, _MOST_HTTP_WORKERS = 4, 4, 16
-_CPUS_PER_DETOKENIZER, _GPUS_PER_DETOKENIZER = 8, 2
+_WORKERS = {"http_workers": (4, 4, 16), "tokenizer_workers": (8, 2, 8), "detokenizer_workers": (8, 0.5, 8)}
+"""On a GPU host: at least so many CPUs for each, at most so many for each GPU, and at most so many."""
 
 
 def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = None) -> ServerConfig:
-    """The settings with numbers of http and detokenizer workers; those that were given stay.
+    """The settings with the numbers of workers that were left to choose (0).
 
-    A GPU makes up to 90,000 tokens a second of a small model. One takes http some 6 to 10 us of a core, and the
-    detokenizer 2 to 3 (bench/ENGINE_LOG.md, delivery path): four http workers are a third busy then, which leaves them
-    free to parse a burst of requests at once, and one detokenizer does for two GPUs. A model on the CPU is far slower
-    than one worker of each, and wants the cores for itself.
+    A GPU makes up to 90,000 tokens a second of a small model. One takes http 5 to 8 us of a CPU and the detokenizer 3
+    (bench/ENGINE_LOG.md, entry on delivery), a request takes http 300 us and the tokenizer 100. So four http workers
+    are a sixth busy and read a burst of 256 requests in 20 ms, two tokenizers keep up with them, and one detokenizer
+    does for two GPUs. A model on the CPU is far slower than one worker of each, and wants the CPUs for itself.
 
     Args:
         replicas: schedulers.
@@ -171,16 +173,11 @@ def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = N
     """
     cpus = usable_cpus() if cpus is None else cpus
     on_gpu = config.device not in ("cpu", "mps") and cuda_device_count(os.environ) > 0
-    http = detokenizers = 1
-    if on_gpu:
-        most = min(_MOST_HTTP_WORKERS_PER_GPU * replicas, _MOST_HTTP_WORKERS)
-        http = max(1, min(cpus // _CPUS_PER_HTTP_WORKER, most))
-        detokenizers = max(1, min(cpus // _CPUS_PER_DETOKENIZER, -(-replicas // _GPUS_PER_DETOKENIZER)))
-    return dataclasses.replace(
-        config,
-        http_workers=config.http_workers or http,
-        detokenizer_workers=config.detokenizer_workers or detokenizers,
-    )
+    counts: dict[str, Any] = {}
+    for name, (cpus_each, most_per_gpu, most) in _WORKERS.items():
+        best = min(cpus // cpus_each, math.ceil(most_per_gpu * replicas), most) if on_gpu else 1
+        counts[name] = getattr(config, name) or max(1, best)
+    return dataclasses.replace(config, **counts)
 
 
 def usable_cpus() -> int:

@@ -139,7 +139,7 @@ def test_ints_take_binary_suffixes(text: str, value: int) -> None:
         (["--page-size", "0"], "--page-size must be at least 1, got 0"),
         (["--dp-size", "-1"], "--dp-size must be at least 1, got -1"),
         (["--http-workers", "-1"], "--http-workers must be at least 0, got -1"),
-        (["--tokenizer-workers", "0"], "--tokenizer-workers must be at least 1, got 0"),
+        (["--max-queued-requests", "0"], "--max-queued-requests must be at least 1, got 0"),
         (["--http-workers", "129"], "--http-workers must be at most 128, got 129"),
         (["--port", "65536"], "--port must be between 0 and 65535, got 65536"),
         (["--mem-fraction-static", "1"], "--mem-fraction-static must be between 0 and 1, got 1.0"),

@@ -163,34 +163,33 @@ def test_the_number_of_replicas(
 
 
 @pytest.mark.parametrize(
-    ("settings", "gpus", "cores", "http", "detokenizers"),
+    ("settings", "gpus", "cpus", "counts"),
     [
-        ({}, 1, 16, 4, 1),
-        ({}, 1, 64, 4, 1),
-        ({}, 1, 8, 2, 1),
-        ({}, 1, 4, 1, 1),
-        ({}, 1, 2, 1, 1),
-        ({}, 2, 32, 8, 1),
-        ({}, 8, 128, 16, 4),
-        ({}, 8, 16, 4, 2),
-        ({"device": "cpu"}, 1, 64, 1, 1),
-        ({}, 0, 64, 1, 1),
-        ({"http_workers": 3, "detokenizer_workers": 2}, 1, 16, 3, 2),
-        ({"http_workers": 1}, 1, 16, 1, 1),
-        ({"http_workers": 2, "device": "cpu"}, 0, 1, 2, 1),
+        ({}, 1, 16, (4, 2, 1)),
+        ({}, 1, 64, (4, 2, 1)),
+        ({}, 1, 8, (2, 1, 1)),
+        ({}, 1, 4, (1, 1, 1)),
+        ({}, 1, 2, (1, 1, 1)),
+        ({}, 2, 32, (8, 4, 1)),
+        ({}, 8, 128, (16, 8, 4)),
+        ({}, 8, 16, (4, 2, 2)),
+        ({"device": "cpu"}, 1, 64, (1, 1, 1)),
+        ({}, 0, 64, (1, 1, 1)),
+        ({"http_workers": 3, "tokenizer_workers": 5, "detokenizer_workers": 2}, 1, 16, (3, 5, 2)),
+        ({"http_workers": 1}, 1, 16, (1, 2, 1)),
+        ({"http_workers": 2, "device": "cpu"}, 0, 1, (2, 1, 1)),
     ],
 )
-def test_the_number_of_workers(
+def test_the_numbers_of_http_tokenizer_and_detokenizer_workers(
     settings: dict[str, object],
     gpus: int,
-    cores: int,
-    http: int,
-    detokenizers: int,
+    cpus: int,
+    counts: tuple[int, int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(host, "cuda_device_count", lambda env: gpus)
-    config = with_worker_counts(ServerConfig(**settings), max(1, gpus), cores)  # type: ignore[arg-type]
-    assert (config.http_workers, config.detokenizer_workers) == (http, detokenizers)
+    config = with_worker_counts(ServerConfig(**settings), max(1, gpus), cpus)  # type: ignore[arg-type]
+    assert (config.http_workers, config.tokenizer_workers, config.detokenizer_workers) == counts
 
 
 def test_a_cpu_build_of_torch_has_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:

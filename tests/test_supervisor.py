@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from standin_workers import run_standin, seen
+from worker_process import ONE_OF_EACH
 
 from minisgl.channels import Outbox
 from minisgl.config import ModelSpec, ServerConfig
@@ -72,7 +73,7 @@ class Stack:
 async def stack(orders: Path, replicas: int = 1, **settings: Any) -> AsyncIterator[Stack]:
     with run_directory() as run_dir:
         launcher = LocalLauncher(run_dir, [None] * 4, entry_point=run_standin)  # type: ignore[list-item]
-        config = ServerConfig(**{"http_workers": 1, "detokenizer_workers": 1, **settings})
+        config = ServerConfig(**{**ONE_OF_EACH, **settings})
         running = Stack(orders, run_dir, launcher, config, replicas)
         try:
             yield running

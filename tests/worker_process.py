@@ -19,6 +19,8 @@ from minisgl.messages import Failed, Heartbeat, Hello, Message, Progress, Ready,
 from minisgl.worker import run_worker
 
 DEADLINE_SECONDS = 30.0
+ONE_OF_EACH = {"http_workers": 1, "tokenizer_workers": 1, "detokenizer_workers": 1}
+"""As the launcher would choose for a CPU."""
 
 
 class Wiring:
@@ -44,7 +46,7 @@ class Wiring:
             ipc_address(self.directory, name, 1),
             ipc_address(self.directory, "supervisor", 1),
             replicas,
-            ServerConfig(**{"http_workers": 1, "detokenizer_workers": 1, **settings}),
+            ServerConfig(**{**ONE_OF_EACH, **settings}),
             model,
         )
 

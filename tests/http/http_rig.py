@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from worker_process import ONE_OF_EACH
+
 from minisgl.channels import Inbox, Outbox, ipc_address
 from minisgl.chat_formats import ChatFormats
 from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
@@ -53,7 +55,7 @@ class Rig:
         self, sampling_defaults: dict[str, Any] | None = None, chat_formats: ChatFormats | None = None, **config: Any
     ) -> None:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
-        self.config = ServerConfig(**{"port": 0, "http_workers": 1, "detokenizer_workers": 1, **config})
+        self.config = ServerConfig(**{"port": 0, **ONE_OF_EACH, **config})
         control = ipc_address(self.run_dir.name, "supervisor", 1)
         self.supervisor = Inbox(control, {Hello, Progress, Ready, Heartbeat, Failed})
         self.epochs = {"scheduler-0": 1, "scheduler-1": 1}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 from http_rig import Rig, lines, running
+from worker_process import ONE_OF_EACH
 
 from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
 from minisgl.http.accounting import OUTCOMES, Accounts, Call
@@ -172,7 +173,7 @@ def test_a_failing_dispatcher_leaves_no_hole_in_a_stream() -> None:
 
 def test_a_client_that_stalls_for_long_is_given_up() -> None:
     spec = WorkerSpec(
-        "http-0", "http", 0, 1, "", "", 1, ServerConfig(http_workers=1), ModelSpec("", "", "", 1, 1, (), "")
+        "http-0", "http", 0, 1, "", "", 1, ServerConfig(**ONE_OF_EACH), ModelSpec("", "", "", 1, 1, (), "")
     )
     streams, dropped = Streams(spec), []
 
