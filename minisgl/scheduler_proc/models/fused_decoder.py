@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention, prefill_attention
+from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend, small_splits
+from minisgl.scheduler_proc.kernels.small_linear import MAX_ROWS, MAX_WIDTH, linear_add, norm_gate_up, norm_linear
+from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder, LayerWeights
 from minisgl.scheduler_proc.models.rope import Rope
 
@@ -70,10 +73,17 @@ class FusedDecoder:
         self.config = decoder.config
         self.weights = decoder.weights
         self.pool = pool
-        self._tables = _rotation_tables(decoder.rope, context_length, pool.layers[0].device)
+        device = pool.layers[0].device
+        self._context_length = context_length
+        self._tables = _rotation_tables(decoder.rope, context_length, device)
+        self._small_batches = small_batch_kernels_fit(self.config)
+        # Programmatic dependent launch begins with Hopper.
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
     def decode(self, inputs: DecodeInputs) -> torch.Tensor:
         """Logits [rows, vocab] in the model's dtype."""
+        if self._small_batches and len(inputs.input_ids) <= MAX_ROWS:
+            return self._head(self._decode_small_batch(inputs))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             return decode_attention(
@@ -105,6 +115,34 @@ class FusedDecoder:
             )
 
         return self._head(self._layers(inputs, attend).index_select(0, inputs.sampled))
+
+    def _decode_small_batch(self, inputs: DecodeInputs) -> torch.Tensor:
+        """Normed hidden states [rows, hidden] of the last layer, by six kernels a layer."""
+        config, pdl = self.config, self._pdl
+        eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
+        residual = self._embed(inputs)
+        splits = small_splits(len(residual), config.num_kv_heads, self._context_length)
+        for index, layer in enumerate(self.weights.layers):
+            qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
+            attended = rotate_attend(
+                qkv.view(-1, heads, config.head_dim),
+                inputs.positions,
+                inputs.slots,
+                self._tables,
+                layer.qk_norm,
+                eps,
+                self.pool.layers[index],
+                inputs.page_table,
+                inputs.table_stride,
+                page_size=self.pool.page_size,
+                window=config.windows[index],
+                splits=splits,
+                pdl=pdl,
+            )
+            linear_add(attended, layer.output, residual, pdl)
+            product = norm_gate_up(residual, layer.post_attention_norm, layer.gate_up, eps, pdl)
+            linear_add(product, layer.down, residual, pdl)
+        return add_rms_norm(residual, None, self.weights.norm, eps)
 
     def _layers(self, inputs: DecodeInputs | PrefillInputs, attend: Attend) -> torch.Tensor:
         """Normed hidden states [tokens, hidden] of the last layer."""
@@ -140,6 +178,16 @@ class FusedDecoder:
 
     def _head(self, normed: torch.Tensor) -> torch.Tensor:
         return F.linear(normed, self.weights.head)
+
+
+def small_batch_kernels_fit(config: ModelConfig) -> bool:
+    """Whether the kernels for few rows cover this shape."""
+    return (
+        config.hidden_size <= MAX_WIDTH
+        and config.head_dim in (32, 64, 128)
+        and config.num_heads // config.num_kv_heads <= MAX_GROUP
+        and not (config.output_bias or config.mlp_bias)
+    )
 
 
 def _rotation_tables(rope: Rope, context_length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
