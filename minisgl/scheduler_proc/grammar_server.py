@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from select import select
 from types import ModuleType
 from typing import Any
 
@@ -50,13 +51,14 @@ def main() -> None:
     while True:
         try:
             kind, source = read_frame(sys.stdin.buffer)
+            answer = _in_fork(functools.partial(compiler.compile, kind, source), settings.seconds)
         except EOFError:
             return
-        write_frame(answers, _in_fork(functools.partial(compiler.compile, kind, source), settings.seconds))
+        write_frame(answers, answer)
 
 
 def _in_fork(work: Callable[[], bytes], seconds: float) -> tuple[bool, bytes | str]:
-    """What `work` returns, or why it did not; within a time and a memory limit."""
+    """What `work` returns, or why it did not; within a time and a memory limit. Raises EOFError when stdin ends."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -71,6 +73,10 @@ def _in_fork(work: Callable[[], bytes], seconds: float) -> tuple[bool, bytes | s
             os._exit(status)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
+        # Nothing is asked before the last answer, so this can only be the end of whoever asked.
+        if sys.stdin.buffer in select([stream, sys.stdin.buffer], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)
+            raise EOFError
         data = stream.read()
     _, status = os.waitpid(pid, 0)
     if status == 0:
