@@ -46,7 +46,7 @@ class BatchTiles(NamedTuple):
 @triton.jit
 def _load_tiles(weight, n, inside, K: tl.constexpr, TILE_K: tl.constexpr):
     """Rows n of weight [.., K] as a tuple of [n, TILE_K] tiles, which stay in registers."""
-    tiles = ()
+    tiles = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range((K + TILE_K - 1) // TILE_K):
         k = i * TILE_K + tl.arange(0, TILE_K)
         place = weight + n[:, None].to(tl.int64) * K + k[None, :]
@@ -57,7 +57,7 @@ def _load_tiles(weight, n, inside, K: tl.constexpr, TILE_K: tl.constexpr):
 @triton.jit
 def _load_row(x, N: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr):
     """x [K] once for each of N outputs: so it comes in the layout of the weight's tiles and need not be exchanged."""
-    tiles = ()
+    tiles = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range((K + TILE_K - 1) // TILE_K):
         k = i * TILE_K + tl.arange(0, TILE_K)[None, :] + tl.zeros((N, 1), tl.int32)
         tiles = tiles + (tl.load(x + k, mask=k < K, other=0.0),)  # noqa: RUF005
@@ -68,7 +68,7 @@ def _load_row(x, N: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr):
 def _scale_row(xs, scales, N: tl.constexpr, K: tl.constexpr, TILE_K: tl.constexpr):
     """xs * scales, and the sum of the squares of xs [N]."""
     squares = tl.zeros((N, TILE_K), tl.float32)
-    tiles = ()
+    tiles = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range((K + TILE_K - 1) // TILE_K):
         squares += xs[i] * xs[i]
         tiles = tiles + (xs[i] * scales[i].to(tl.float32),)  # noqa: RUF005
