@@ -24,8 +24,9 @@ from typing import Any, Literal, TypeAlias, overload
 from minisgl import timeline
 from minisgl.config import ServerConfig
 from minisgl.detokenizer_proc.incremental import TokenTexts
+from minisgl.detokenizer_proc.shown_logprobs import ShownLogprobs
 from minisgl.detokenizer_proc.stream import StreamDecoder
-from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, TokenBatch, TokenizedRequest
+from minisgl.messages import NO_TOKEN, FinishReason, JsonObject, Logprobs, TokenBatch, TokenizedRequest
 from minisgl.model_source import resolve_model
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.core import ReplicaCore
@@ -52,6 +53,22 @@ class EngineError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log probability under the model's own distribution (before penalties and temperature).
+
+    Attributes:
+        data: the token's bytes; maybe a part of a character.
+        logprob: NaN for the first token of a prompt.
+        top: the likeliest tokens in its place, as many as were asked for, with their bytes and log probabilities.
+    """
+
+    token_id: int
+    data: bytes
+    logprob: float
+    top: list[tuple[int, bytes, float]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
     """A finished answer.
 
@@ -61,6 +78,8 @@ class Completion:
         matched: the token id or stop string that ended the text, when finish_reason is "stop".
         usage: prompt_tokens, completion_tokens, total_tokens, cached_tokens.
         timing: ttft_us (call to first token) and the hops_us it consists of, total_ms, tokens_per_second.
+        logprobs: one for each of token_ids, if the request asked with `logprobs`.
+        prompt_logprobs: one for each prompt token from `prompt_logprobs_from` on, if the request asked.
     """
 
     text: str
@@ -69,6 +88,8 @@ class Completion:
     matched: int | str | None
     usage: dict[str, int]
     timing: JsonObject
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Engine:
@@ -167,8 +188,7 @@ class Engine:
             refusal = self._living_core().submit(message)
             if refusal is not None:
                 raise RequestRefused(refusal.code, refusal.message)
-            decoder = StreamDecoder(self._texts, params.stop, params.skip_special_tokens, params.no_stop_trim)
-            generation = _Generation(message.rid, decoder, len(input_ids), stamps)
+            generation = _Generation(message.rid, self._texts, params, len(input_ids), stamps)
             self._generations[message.rid] = generation
             return generation
 
@@ -223,6 +243,9 @@ class Engine:
         for opened in batch.opened:
             if opened.rid in self._generations:
                 self._generations[opened.rid].open(opened.stamps, opened.cached_tokens)
+        for part in batch.logprobs:
+            if batch.rids[part.row] in self._generations:
+                self._generations[batch.rids[part.row]].add_logprobs(part)
         for rid, token_id, finish in zip(batch.rids, batch.token_ids, batch.finishes, strict=True):
             if rid not in self._generations:
                 continue
@@ -296,16 +319,24 @@ class _Generation:
         failure: why it was lost, if it was.
     """
 
-    def __init__(self, rid: int, decoder: StreamDecoder, prompt_tokens: int, stamps: list[int]) -> None:
+    def __init__(
+        self, rid: int, texts: TokenTexts, params: SamplingParams, prompt_tokens: int, stamps: list[int]
+    ) -> None:
         self.rid = rid
         self.deltas: deque[str] = deque()
         self.finish = FinishReason.NONE
         self.failure: BaseException | None = None
-        self._decoder = decoder
+        self._texts = texts
+        self._decoder = StreamDecoder(
+            texts, params.stop, params.skip_special_tokens, params.no_stop_trim, params.min_new_tokens
+        )
+        self._arrived_logprobs = ShownLogprobs()
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprob] | None = None if params.prompt_logprobs_from is None else []
         self._prompt_tokens = prompt_tokens
         self._cached_tokens = 0
         self._stamps = stamps
-        self._texts: list[str] = []
+        self._shown: list[str] = []
         self._token_ids: list[int] = []
         self._matched: int | str | None = None
         self._ended_ns = 0
@@ -315,12 +346,22 @@ class _Generation:
         self._stamps = stamps
         self._cached_tokens = cached_tokens
 
+    def add_logprobs(self, part: Logprobs) -> None:
+        """Log probabilities of the prompt, or of the tokens that `take` gets next."""
+        self._arrived_logprobs.add(part)
+
     def take(self, token_ids: list[int], finish: FinishReason) -> None:
         """Decode its next tokens; it ends when the scheduler ended it or a stop string matches."""
         delta = self._decoder.advance(token_ids, finish)
         self._token_ids += delta.token_ids
+        for part in (
+            self._arrived_logprobs.show(len(delta.token_ids), self._texts) if delta.text or delta.finish else ()
+        ):
+            logprobs = self._prompt_logprobs if part.of_prompt else self._logprobs
+            if logprobs is not None:
+                logprobs += _token_logprobs(part)
         if delta.text:
-            self._texts.append(delta.text)
+            self._shown.append(delta.text)
             self.deltas.append(delta.text)
         if delta.finish:
             self.finish, self._matched = delta.finish, delta.matched
@@ -329,7 +370,7 @@ class _Generation:
     def completion(self) -> Completion:
         tokens, seconds = len(self._token_ids), (self._ended_ns - self._stamps[0]) / 1e9
         return Completion(
-            text="".join(self._texts),
+            text="".join(self._shown),
             token_ids=self._token_ids,
             finish_reason=self.finish.name.lower(),
             matched=self._matched,
@@ -345,12 +386,31 @@ class _Generation:
                 "total_ms": round(seconds * 1e3, 3),
                 "tokens_per_second": round(tokens / seconds, 2),
             },
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
+def _token_logprobs(part: Logprobs) -> list[TokenLogprob]:
+    count = len(part.token_ids)
+    most = len(part.top_ids) // max(count, 1)
+    top = list(zip(part.top_ids, part.pieces[count:], part.top_values, strict=True))
+    return [
+        # The very first token of a prompt has no likeliest ones: nothing comes before it.
+        TokenLogprob(
+            token_id, data, value, [one for one in top[index * most : (index + 1) * most] if one[0] != NO_TOKEN]
+        )
+        for index, (token_id, data, value) in enumerate(
+            zip(part.token_ids, part.pieces[:count], part.values, strict=True)
+        )
+    ]
+
+
 def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
-    """SamplingParams from keyword arguments; one stop string or id need not be in a list."""
+    """SamplingParams from keyword arguments; one stop string or id need not be in a list, logit_bias may be a dict."""
     fields = dict(fields)
+    if isinstance(fields.get("logit_bias"), dict):
+        fields["logit_bias"] = tuple(fields["logit_bias"].items())
     for name in ("stop", "stop_token_ids"):
         value = fields.get(name)
         if isinstance(value, (str, int)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -198,3 +199,46 @@ def test_a_closed_engine_says_so() -> None:
     with pytest.raises(EngineError, match="closed"):
         engine.generate("Hello")
     assert read
+
+
+def test_log_probabilities_come_for_prompt_and_answer(engine: Engine) -> None:
+    plain = engine.generate(QUESTIONS[1], **GREEDY)
+    assert plain.logprobs is None and plain.prompt_logprobs is None
+    answer = engine.generate(QUESTIONS[1], logprobs=2, prompt_logprobs_from=0, **GREEDY)
+    assert answer.token_ids == plain.token_ids
+    assert answer.logprobs is not None and answer.prompt_logprobs is not None
+    assert [one.token_id for one in answer.logprobs] == answer.token_ids
+    for one in answer.logprobs:
+        # Greedy takes the likeliest.
+        assert one.logprob == pytest.approx(one.top[0][2])
+        assert len(one.top) == 2 and one.top[0][2] >= one.top[1][2]
+    assert b"".join(one.data for one in answer.logprobs[:-1]).decode() == answer.text
+    first, *others = answer.prompt_logprobs
+    assert len(others) + 1 == answer.usage["prompt_tokens"]
+    assert math.isnan(first.logprob) and first.top == []
+    assert all(one.logprob < 0 and len(one.top) == 2 for one in others)
+    cut = engine.generate(QUESTIONS[1], logprobs=0, stop="42", **GREEDY)
+    assert cut.logprobs is not None and [one.token_id for one in cut.logprobs] == cut.token_ids
+
+
+def test_penalties_and_biases_change_the_answer(engine: Engine) -> None:
+    plain = engine.generate(QUESTIONS[2], ignore_eos=True, **GREEDY).token_ids
+    assert len(set(plain)) < len(plain)
+    without = engine.generate(QUESTIONS[2], ignore_eos=True, logit_bias={plain[0]: -100}, **GREEDY).token_ids
+    assert plain[0] not in without
+    different = engine.generate(QUESTIONS[2], ignore_eos=True, presence_penalty=2.0, frequency_penalty=2.0, **GREEDY)
+    assert len(set(different.token_ids)) > len(set(plain))
+    together = engine.generate(
+        [QUESTIONS[2]] * 3, ignore_eos=True, presence_penalty=2.0, frequency_penalty=2.0, **GREEDY
+    )
+    assert all(answer.token_ids == different.token_ids for answer in together)
+    with pytest.raises(RequestRefused, match="logit_bias names token id"):
+        engine.generate("Hello", logit_bias={10**6: 1.0})
+
+
+def test_a_stop_string_among_the_first_tokens_does_not_count(engine: Engine) -> None:
+    whole = engine.generate(QUESTIONS[2], **GREEDY)
+    stop = whole.text[:3]
+    answer = engine.generate(QUESTIONS[2], stop=stop, min_new_tokens=4, **GREEDY)
+    assert answer.text.startswith(stop) and len(answer.token_ids) >= 4
+    assert engine.generate(QUESTIONS[2], stop=stop, **GREEDY).text == ""

@@ -19,6 +19,7 @@ from minisgl.messages import (
     DeltaBatch,
     FinishReason,
     JsonObject,
+    Logprobs,
     Message,
     Opening,
     RequestError,
@@ -136,6 +137,9 @@ class DetokenizerService:
                 self._tell(stream)
             try:
                 delta = stream.decoder.advance(stream.arrived, stream.finish)
+                logprobs = []
+                if stream.logprobs is not None and (delta.text or delta.finish):
+                    logprobs = stream.logprobs.show(len(delta.token_ids), self._texts)
             except BaseException as error:  # a panic of the native library is no Exception
                 self._fail(stream, error)
                 continue
@@ -144,28 +148,13 @@ class DetokenizerService:
                 self._end(stream)
             elif not delta.text:
                 continue
-            self._append_row(batches[stream.http_index], stream, delta)
+            _append_row(batches[stream.http_index], stream, delta, logprobs)
         sent_ns = timeline.now()
         for http_index, batch in batches.items():
             batch.steps_ns = steps_ns
             for opening in batch.openings:
                 opening.stamps.append(sent_ns)
             self._http.send(http_index, batch)
-
-    def _append_row(self, batch: DeltaBatch, stream: Stream, delta: Delta) -> None:
-        row = len(batch.rids)
-        if stream.opening is not None:
-            opened, stream.opening = stream.opening, None
-            batch.openings.append(Opening(row, opened.prompt_tokens, opened.cached_tokens, opened.stamps))
-        if delta.matched is not None:
-            batch.matched[row] = delta.matched
-        if stream.logprobs is not None:
-            batch.logprobs += stream.logprobs.show(len(delta.token_ids), row, self._texts)
-        batch.rids.append(stream.rid)
-        batch.texts.append(delta.text)
-        batch.token_counts.append(len(delta.token_ids))
-        batch.token_ids.extend(delta.token_ids)
-        batch.finishes.append(delta.finish)
 
     def close(self) -> None:
         self._http.close()
@@ -261,3 +250,20 @@ class DetokenizerService:
                 token_id,
                 self._texts.describe(token_id),
             )
+
+
+def _append_row(batch: DeltaBatch, stream: Stream, delta: Delta, logprobs: list[Logprobs]) -> None:
+    row = len(batch.rids)
+    if stream.opening is not None:
+        opened, stream.opening = stream.opening, None
+        batch.openings.append(Opening(row, opened.prompt_tokens, opened.cached_tokens, opened.stamps))
+    if delta.matched is not None:
+        batch.matched[row] = delta.matched
+    for part in logprobs:
+        part.row = row
+        batch.logprobs.append(part)
+    batch.rids.append(stream.rid)
+    batch.texts.append(delta.text)
+    batch.token_counts.append(len(delta.token_ids))
+    batch.token_ids.extend(delta.token_ids)
+    batch.finishes.append(delta.finish)

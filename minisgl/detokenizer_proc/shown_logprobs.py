@@ -26,28 +26,17 @@ class ShownLogprobs:
         answer.top_ids += part.top_ids
         answer.top_values += part.top_values
 
-    def show(self, tokens: int, row: int, texts: TokenTexts) -> list[Logprobs]:
+    def show(self, tokens: int, texts: TokenTexts) -> list[Logprobs]:
         """What goes with a row that shows this many tokens more: the prompt's once, and those of its tokens."""
-        shown = []
-        if self._prompt is not None:
-            shown.append(self._prompt)
-            self._prompt = None
+        shown = [] if self._prompt is None else [self._prompt]
+        self._prompt = None
         answer = self._answer
         if answer.token_ids and tokens:
             top = tokens * (len(answer.top_ids) // len(answer.token_ids))
-            shown.append(
-                Logprobs(
-                    row,
-                    False,
-                    answer.token_ids[:tokens],
-                    answer.values[:tokens],
-                    answer.top_ids[:top],
-                    answer.top_values[:top],
-                )
-            )
             # Tokens behind a stop string are never shown.
+            del answer.token_ids[tokens:], answer.values[tokens:], answer.top_ids[top:], answer.top_values[top:]
+            shown.append(answer)
             self._answer = Logprobs(0, False, [], [])
         for part in shown:
-            part.row = row
             part.pieces = [texts.piece(token_id) for token_id in (*part.token_ids, *part.top_ids)]
         return shown
