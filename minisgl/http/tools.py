@@ -40,6 +40,8 @@ FIELDS: dict[str, Field] = {
 }
 
 _MAX_NAME = 256
+_SAYS_NOTHING = {"type", "properties", "required", "title", "description", "$schema"}
+"""What a schema may have and still allow nothing in an object, when it has no properties."""
 _CHOICES = '\'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": ...}}'
 
 
@@ -276,13 +278,20 @@ def _with_calls(tools: _Tools, grammar: Grammar | None) -> Grammar | None:
 
 
 def _call_tag(function: JsonObject, required: bool) -> JsonObject:
-    schema = function.get("parameters") if required or function.get("strict") else None
+    schema = _arguments_schema(function) if required or function.get("strict") else {"type": "object"}
     return {
         "type": "tag",
         "begin": f'{CALL}\n{{"name": {orjson.dumps(function["name"]).decode()}, "arguments": ',
-        "content": {"type": "json_schema", "json_schema": schema or {"type": "object"}},
+        "content": _json_format(schema),
         "end": f"}}\n{CALL_END}",
     }
+
+
+def _arguments_schema(function: JsonObject) -> JsonObject:
+    """What the arguments must match. A function that names no parameters has none."""
+    schema: JsonObject = function.get("parameters") or {}
+    says_nothing = schema.keys() <= _SAYS_NOTHING and not schema.get("properties")
+    return {"type": "object", "properties": {}, "additionalProperties": False} if says_nothing else schema
 
 
 def _after_reasoning(grammar: Grammar, inside: bool) -> Grammar:
@@ -298,6 +307,11 @@ def _after_reasoning(grammar: Grammar, inside: bool) -> Grammar:
     return _structural({"type": "sequence", "elements": [first, gap, _as_format(grammar)]})
 
 
+def _json_format(schema: Any) -> JsonObject:
+    # On one line: with free whitespace a weak model may never stop writing spaces.
+    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": 1}
+
+
 def _structural(content: JsonObject) -> Grammar:
     return Grammar("structural_tag", orjson.dumps({"type": "structural_tag", "format": content}).decode())
 
@@ -305,9 +319,9 @@ def _structural(content: JsonObject) -> Grammar:
 def _as_format(grammar: Grammar) -> JsonObject:
     """A grammar as a part of a structural tag."""
     if grammar.kind == "json_object":
-        return {"type": "json_schema", "json_schema": {"type": "object"}}
+        return _json_format({"type": "object"})
     if grammar.kind == "json_schema":
-        return {"type": "json_schema", "json_schema": orjson.loads(grammar.source)}
+        return _json_format(orjson.loads(grammar.source))
     if grammar.kind == "regex":
         return {"type": "regex", "pattern": grammar.source}
     if grammar.kind == "ebnf":

@@ -230,6 +230,8 @@ def test_required_calls_are_held_to_a_grammar(qwen25: Rig) -> None:
     assert accepts(grammar, ADD_CALL)
     assert accepts(grammar, f"{WEATHER_CALL}\n{ADD_CALL}")
     assert not any(accepts(grammar, text) for text in ("", "Hi", f"Hi\n{ADD_CALL}", ADD_CALL.replace("2", '"2"')))
+    assert accepts(sent(qwen25, body(tools=tool(), tool_choice="required")).sampling.grammar, call_of_f("{}"))
+    assert not accepts(sent(qwen25, body(tools=tool(), tool_choice="required")).sampling.grammar, call_of_f('{"a": 1}'))
     grammar = sent(qwen25, body(tool_choice="required", parallel_tool_calls=False)).sampling.grammar
     assert accepts(grammar, WEATHER_CALL)
     assert not accepts(grammar, f"{WEATHER_CALL}\n{ADD_CALL}")
@@ -322,6 +324,10 @@ def test_thinking_comes_before_a_grammar(qwen3: Rig, thinking: Rig) -> None:
 
 def tool(**function: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f", **function}}]
+
+
+def call_of_f(arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
 
 
 def called(**call: Any) -> list[dict[str, Any]]:
