@@ -186,7 +186,8 @@ class _Compiler:
             state.fill(row)
             if state.problem:
                 raise Unusable(state.problem.message)
-            allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+            # The row is longer than the vocabulary, and its last bits may be set.
+            allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self._vocab_size])
             going_on = np.setdiff1d(allowed, self._eos_ids)
             if not len(going_on) or state.ended:
                 return
