@@ -119,7 +119,9 @@ class HttpWorker:
             inbox_address=ipc_address(run_dir, "http-0", 1),
             control_address=control,
             replicas=1,
-            config=ServerConfig(port=0, log_level="warning", http_workers=1, detokenizer_workers=1),
+            config=ServerConfig(
+                port=0, log_level="warning", http_workers=1, tokenizer_workers=1, detokenizer_workers=1
+            ),
             model=MODEL,
         )
         context = multiprocessing.get_context("spawn")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minisgl.http.errors import ApiError, to_json
 from minisgl.http.security import Gate
@@ -72,6 +72,8 @@ class Ingress:
         abort_connection: drop the connection and whatever is still buffered for it.
         headers: what every response to it must carry.
         trace_headers: `traceparent` and `tracestate`, when spans are made of requests.
+        write_chunk: sends a piece of a body that is not its last, at once; False, and nothing is sent, where `send` has
+            to do it: when the client does not read, or the body is not chunked.
     """
 
     received_ns: int
@@ -80,6 +82,7 @@ class Ingress:
     abort_connection: Callable[[], None]
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     trace_headers: dict[str, str] = field(default_factory=dict)
+    write_chunk: Callable[[str], bool] = lambda text: False
 
 
 def ingress_of(scope: Scope) -> Ingress:
@@ -103,6 +106,7 @@ class Edge:
         request_id = _request_id(scope)
         headers = [(b"x-request-id", request_id.encode("ascii")), *self._gate.cors_headers(scope)]
         ingress = Ingress(state["received_ns"], request_id, send, state["abort_connection"], headers)
+        ingress.write_chunk = _chunk_writer(send)
         if self._traced:
             ingress.trace_headers = _trace_headers(scope)
         scope[_SCOPE_KEY] = ingress
@@ -114,6 +118,23 @@ class Edge:
 
         answer = self._gate.answer(scope)
         await (answer or self._app)(scope, receive, send_with_id)
+
+
+def _chunk_writer(send: Send) -> Callable[[str], bool]:
+    """What uvicorn's `send` does with a piece of a chunked body, as a plain function of the piece.
+
+    Per piece this saves a message, a coroutine and its end by exception: a fifth of what a streamed token costs.
+    """
+    cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
+    transport, flow = cycle.transport, cycle.flow
+
+    def write_chunk(text: str) -> bool:
+        if flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        transport.write(f"{len(text):x}\r\n{text}\r\n".encode("ascii"))
+        return True
+
+    return write_chunk
 
 
 def _trace_headers(scope: Scope) -> dict[str, str]:

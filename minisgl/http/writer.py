@@ -2,7 +2,8 @@
 
 The dispatcher writes for all clients, so it must not await any of them. uvicorn's `send` finishes at its first step
 unless that client's socket is full; stepping its coroutine by hand therefore costs no task and no wake-up. When it does
-stop, this client alone is parked: its text collects here until the socket drains, up to a limit.
+stop, this client alone is parked: its text collects here until the socket drains, up to a limit. Pieces in the middle
+of a stream, of which there is one a token, do without the coroutine as well (Ingress.write_chunk).
 """
 
 from __future__ import annotations
@@ -79,14 +80,17 @@ class ResponseWriter:
             if not self._send(head):
                 return
         if self._pending or self._ending:
-            body = "".join(self._pending).encode("ascii")
+            text = "".join(self._pending)
             self._pending.clear()
             self._pending_chars = 0
             self.chunks += 1
-            self._last_body_sent = self._ending
             if self._narrate:
-                logger.info("%s sends chunk %d: %r", self.ingress.request_id, self.chunks, body)
-            if self._send({"type": "http.response.body", "body": body, "more_body": not self._ending}):
+                logger.info("%s sends chunk %d: %r", self.ingress.request_id, self.chunks, text)
+            if text and not self._ending and self.ingress.write_chunk(text):
+                return
+            self._last_body_sent = self._ending
+            body = {"type": "http.response.body", "body": text.encode("ascii"), "more_body": not self._ending}
+            if self._send(body):
                 self.complete = self._last_body_sent
 
     def drop(self, reason: str) -> None:
