@@ -17,12 +17,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchlib.anatomy import HOPS, anatomy_of
@@ -36,7 +37,8 @@ from benchlib.workloads import Lengths, Workload, load_tokenizer
 DEMO_MODEL = REPOSITORY / "minisgl" / "demo_model"
 WARM_UP_TOKENS = "16"
 READY_SECONDS = 60.0
-STALLED_TOKENS = 1024
+STALLED_TOKENS = 6000
+CONTEXT_LENGTH = 8192
 
 
 def main() -> int:
@@ -51,12 +53,14 @@ def main() -> int:
             workload = Workload("random", *shape)
             sessions = workload.sessions(arguments.streams * arguments.waves, tokenizer, number)
             with stalled_clients(target, arguments.stalled):
-                before = cpu_seconds(url)
+                before = of_each_worker(url, thread_seconds)
                 result = generator.run(Load(target, sessions, arguments.streams))
-                after = cpu_seconds(url)
+                after = of_each_worker(url, thread_seconds)
+                memory = of_each_worker(url, resident_mib)
             spent = {name: after[name] - before[name] for name in after}
             print(f"\nround {number + 1}, load average {os.getloadavg()[0]:.2f}")
             print(report(result, spent))
+            print("memory MiB: " + ", ".join(f"{name} {mib:.0f}" for name, mib in sorted(memory.items())))
     return 0
 
 
@@ -80,18 +84,28 @@ def make_parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def paced_server(arguments: argparse.Namespace) -> Iterator[str]:
     """The URL of a server that ends with the block."""
-    words = ["--model", str(arguments.model), "--device", "cpu", "--port", "0", "--log-level", "warning"]
+    words = ["--load-format", "dummy", "--device", "cpu", "--port", "0", "--log-level", "warning"]
     words += ["--max-running-requests", "256", "--chunked-prefill-size", "8192", "--max-queued-requests", "4096"]
     command = [sys.executable, "-m", "benchlib.paced_server", *words, *shlex.split(arguments.server_args)]
     path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "bench")))
     environment = {**os.environ, "PYTHONPATH": path, SLOWDOWN: str(arguments.slowdown)}
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as directory:
+        copy_with_long_context(arguments.model, Path(directory))
+        command += ["--model", directory]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield wait_ready(process, log.fileno())
         finally:
             process.terminate()
             process.wait(30)
+
+
+def copy_with_long_context(model: Path, directory: Path) -> None:
+    for path in model.glob("*.json"):
+        shutil.copy(path, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], CONTEXT_LENGTH)
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def wait_ready(process: subprocess.Popen[bytes], log: int) -> str:
@@ -105,27 +119,35 @@ def wait_ready(process: subprocess.Popen[bytes], log: int) -> str:
 
 
 @contextlib.contextmanager
-def stalled_clients(target: Target, count: int) -> Iterator[None]:
-    """Clients that ask for a long answer and never read it, with a small window so that they block soon."""
-    fields = {"prompt": "Hello", "max_new_tokens": STALLED_TOKENS, "ignore_eos": True, "return_token_ids": True}
-    body = json.dumps(fields).encode()
+def stalled_clients(target: Target, count: int) -> Iterator[list[socket.socket]]:
+    """Clients that ask for a long answer and never read it.
+
+    Their events repeat the whole text, as sglang's do: tens of megabytes a client, more than the kernel takes.
+    """
+    fields = {"max_new_tokens": STALLED_TOKENS, "ignore_eos": True}
+    body = json.dumps({"text": "Hello", "stream": True, "sampling_params": fields}).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: stalled\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with contextlib.ExitStack() as stack:
-        for _ in range(count):
-            client = stack.enter_context(socket.socket())
+        clients = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for client in clients:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.connect((target.host, target.port))
             client.sendall(head + body)
-        yield
+        yield clients
 
 
-def cpu_seconds(url: str) -> dict[str, float]:
-    """CPU time of each worker process so far, all threads."""
+def of_each_worker(url: str, figure: Callable[[int], float]) -> dict[str, float]:
+    """A figure of each worker process, by its name."""
     workers = (get_json(f"{url}/health") or {})["workers"]
-    return {name: thread_seconds(worker["pid"]) for name, worker in workers.items()}
+    return {name: figure(worker["pid"]) for name, worker in workers.items()}
+
+
+def resident_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def thread_seconds(pid: int) -> float:
+    """CPU time of a process so far, all threads."""
     total = 0
     for schedstat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):
