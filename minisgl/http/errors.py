@@ -63,9 +63,12 @@ class ApiError(Exception):
         return json_response(self.status, self.body(), self.headers())
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> str:
     """Compact JSON in pure ASCII, so that no client's idea of a line end (U+2028, U+0085, ...) can cut it."""
-    return json.dumps(value, separators=(",", ":"))
+    return _encode(value)
 
 
 def json_response(status: int, value: Any, headers: dict[str, str] | None = None) -> Response:

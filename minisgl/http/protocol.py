@@ -7,7 +7,7 @@ HTTP in the API's error shape. `Edge`, the outermost ASGI application, gives eve
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -146,4 +146,4 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
