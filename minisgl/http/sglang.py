@@ -53,8 +53,9 @@ FIELDS = {
     "logprob_start_len": field(
         INTEGER,
         _INTEGERS,
-        default=-1,
-        description="with return_logprob: give those of the prompt too, from this token on; -1 for none of them",
+        default=None,
+        description="with return_logprob: give those of the prompt too, from this token on; -1 for none of them, which "
+        "is the default unless max_new_tokens is 0",
         minimum=-1,
     ),
     "top_logprobs_num": field(
@@ -84,6 +85,7 @@ SAMPLING = {
     **SGLANG_FIELDS,
 }
 
+_LOGPROB_FIELDS = ("return_logprob", "logprob_start_len", "top_logprobs_num")
 _ONLY_NULL: Sequence[Any] = ()
 HARMLESS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(
@@ -152,13 +154,13 @@ def read(body: JsonObject, caller: Caller) -> Generation:
     names = _names(values["rid"] or caller.request_id, len(prompts), is_list)
     given = values["sampling_params"]
     params = _each("sampling_params", {} if given is None else given, len(prompts))
-    logprobs = _logprobs(values, prompts)
+    logprobs = [_each(name, values[name], len(prompts)) for name in _LOGPROB_FIELDS]
     asks: list[Ask] = []
     shown_logprobs: dict[int, CumulativeLogprobs] = {}
-    for name, prompt, param, extra in zip(names, prompts, params, logprobs, strict=True):
+    for name, prompt, param, *asked in zip(names, prompts, params, *logprobs, strict=True):
         own, count, reads_only = _sampling(param)
         grammar_field, grammar = read_grammar(param)
-        own |= {"grammar": grammar, **extra}
+        own |= {"grammar": grammar, **_logprobs(prompt, reads_only, *asked)}
         called = {"seed": "sampling_seed", "logprobs": "top_logprobs_num", "grammar": grammar_field or "grammar"}
         sampling = check_sampling(own, caller.model, called)
         for sample in samples(sampling, count):
@@ -181,23 +183,20 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return value
 
 
-def _logprobs(values: JsonObject, prompts: list[Prompt]) -> list[JsonObject]:
-    """For each text what SamplingParams says of log probabilities."""
-    names = ("return_logprob", "logprob_start_len", "top_logprobs_num")
-    columns = zip(prompts, *(_each(name, values[name], len(prompts)) for name in names), strict=True)
-    return [_asked_logprobs(*row) for row in columns]
-
-
-def _asked_logprobs(prompt: Prompt, asked: bool, start: int, top: int) -> JsonObject:
-    if start < -1 or (isinstance(prompt, list) and start > len(prompt)):
+def _logprobs(prompt: Prompt, reads_only: bool, asked: bool, start: int | None, top: int) -> JsonObject:
+    """What SamplingParams says of log probabilities; the last arguments are the values of _LOGPROB_FIELDS."""
+    if start is not None and (start < -1 or (isinstance(prompt, list) and start > len(prompt))):
         within = "logprob_start_len must be a place in the prompt, or -1 for none of it"
         raise ApiError(400, "invalid_value", f"{within}; got {start}", param="logprob_start_len")
     if not asked:
         # sglang's clients send 0 and -1 whether they want any or not.
-        if top or start > 0:
+        if top or (start or 0) > 0:
             field = "top_logprobs_num" if top else "logprob_start_len"
             raise ApiError(400, "invalid_value", f"{field} needs return_logprob=true", param=field)
         return {}
+    if start is None:
+        # Who generates nothing wants those of the prompt, as sglang's frontend does when it selects.
+        start = 0 if reads_only else -1
     return {"logprobs": top, "prompt_logprobs_from": None if start == -1 else start}
 
 
