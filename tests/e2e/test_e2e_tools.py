@@ -117,6 +117,8 @@ def test_free_answers_are_text(client: Any) -> None:
     """Random weights call nothing, and what they say comes out whole."""
     fields = {"model": "demo", "messages": ASK, "max_tokens": 40, "seed": 5, "temperature": 1}
     plain = client.create(**fields, tools=[WEATHER], tool_choice="auto")
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    assert client.create(**fields, tools=[strict]).choices[0].message.content
     streamed = client.create(**fields, tools=[WEATHER], stream=True)
     assert plain.choices[0].message.tool_calls is None
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
