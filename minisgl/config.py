@@ -176,6 +176,11 @@ class ServerConfig:
         "attention implementation; auto is triton on CUDA for the models that decoder.py covers, else torch_sdpa",
         choices=("auto", "triton", "torch_sdpa"),
     )
+    enable_deterministic_inference: bool = _flag(
+        False,
+        "answers that do not depend on what else is computed beside them, to the bit (slower; for the models that "
+        "decoder.py covers)",
+    )
     disable_cuda_graph: bool = _flag(False, "run every step kernel by kernel (slower; for debugging)")
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minisgl.config import ConfigError, ServerConfig
-from minisgl.scheduler_proc.models.linear import LinearMakers, exact_linears
+from minisgl.scheduler_proc.models.linear import LinearMakers, exact_linears, with_fixed_rows
 from minisgl.scheduler_proc.models.quantized import quantized_linears
 
 WEIGHT_BYTES_PER_THREAD = 16 * 2**20
@@ -49,14 +49,15 @@ def choose_dtype(config: ServerConfig, device: torch.device) -> torch.dtype:
 
 def choose_linears(config: ServerConfig, device: torch.device, dtype: torch.dtype) -> LinearMakers:
     """How the weights are kept and multiplied; raises ConfigError where --quantization has no kernels."""
-    if config.quantization is None:
-        return exact_linears(device, dtype)
-    if device.type != "cpu":
-        raise ConfigError(
-            f"--quantization {config.quantization} runs on the CPU only, and this replica runs on {device}; "
-            f"leave it out or add --device cpu"
-        )
-    return quantized_linears({"int8": 8, "int4": 4}[config.quantization])
+    linears = exact_linears(device, dtype)
+    if config.quantization is not None:
+        if device.type != "cpu":
+            raise ConfigError(
+                f"--quantization {config.quantization} runs on the CPU only, and this replica runs on {device}; "
+                f"leave it out or add --device cpu"
+            )
+        linears = quantized_linears({"int8": 8, "int4": 4}[config.quantization])
+    return with_fixed_rows(linears) if config.enable_deterministic_inference else linears
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -120,11 +120,12 @@ class StepEngine:
             def make_engine(num_pages: int) -> StepEngine:
                 # One page more than the scheduler may use: the graphs' padding rows write there.
                 pool = KVPool(loaded.kv_shapes, num_pages + 1, page_size, dtype, device)
-                attention = make_attention("torch_sdpa", pool)
+                attention = make_attention("fixed_tiles" if deterministic else "torch_sdpa", pool)
                 graphs = _make_graphs(loaded, pool, limits) if fused else None
                 return cls(loaded, attention, graphs, pool, num_pages, limits, device, threads)
 
-            fused = _use_fused_kernels(config, loaded, device)
+            deterministic = _be_deterministic(config, loaded)
+            fused = not deterministic and _use_fused_kernels(config, loaded, device)
 
             page_size = config.page_size or DEFAULT_PAGE_SIZE
             limits = scheduler_limits(config, model, str(device))
@@ -228,6 +229,18 @@ class StepEngine:
     def logprobs(self, step: InFlightStep) -> list[RowLogprobs]:
         """What rows of a retired step asked for."""
         return [found for pending in step.logprobs for found in pending.arrived()]
+
+
+def _be_deterministic(config: ServerConfig, model: Model) -> bool:
+    """Whether results may not depend on the batch; raises ConfigError when that was asked for and cannot be."""
+    if not config.enable_deterministic_inference:
+        return False
+    if not isinstance(model, Decoder) or config.attention_backend != "auto":
+        raise ConfigError(
+            "--enable-deterministic-inference is for Llama, Mistral, Qwen2 and Qwen3 models and has an attention "
+            "backend of its own; leave it out, or leave out --attention-backend"
+        )
+    return True
 
 
 def _use_fused_kernels(config: ServerConfig, model: Model, device: torch.device) -> bool:

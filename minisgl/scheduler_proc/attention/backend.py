@@ -52,6 +52,10 @@ class AttentionBackend(Protocol):
 
 def make_attention(name: str, pool: KVPool) -> AttentionBackend:
     """The backend of that name ("auto" is the best one for the pool's device)."""
+    if name == "fixed_tiles":
+        from minisgl.scheduler_proc.attention.fixed_tiles import FixedTileAttention
+
+        return FixedTileAttention(pool)
     if name not in ("auto", "torch_sdpa"):
         raise ValueError(f"unknown attention backend {name!r}")
     from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention

@@ -64,6 +64,39 @@ class PackedLinear:
         return product
 
 
+FIXED_ROWS = 32
+"""Rows of every product of a FixedRowsLinear."""
+
+
+class FixedRowsLinear:
+    """Another way's products, always of as many rows, so that a row's result depends on nothing but the row.
+
+    Libraries choose kernels by shape, and different kernels add in different orders.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self.own_bytes = linear.own_bytes
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor:
+        rows = len(hidden)
+        padded = F.pad(hidden, (0, 0, 0, -rows % FIXED_ROWS))
+        products = [self._linear(block) for block in torch.split(padded, FIXED_ROWS)]
+        return (products[0] if len(products) == 1 else torch.cat(products))[:rows]
+
+
+def with_fixed_rows(linears: LinearMakers) -> LinearMakers:
+    """The same linear layers, with results that do not depend on the batch."""
+
+    def layer(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return FixedRowsLinear(linears.layer(weight, bias))
+
+    def head(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return FixedRowsLinear(linears.head(weight, bias))
+
+    return LinearMakers(layer, head, linears.exact)
+
+
 PLAIN = LinearMakers(PlainLinear, PlainLinear)
 PACKED = LinearMakers(PackedLinear, PackedLinear)
 
