@@ -21,6 +21,14 @@ THINK, THINK_END = "<think>", "</think>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 ARGUMENTS_KEYS = ("arguments", "parameters")
 
+_TAGS = {
+    (False, False): (),
+    (False, True): (CALL,),
+    (True, False): (THINK_END,),
+    (True, True): (THINK_END, CALL),
+}
+"""What may end a text: by whether it is reasoning, and whether calls are looked for."""
+
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, in the order in which models are taught to write it."""
 _IN_STRING = re.compile(r'["\\]')
@@ -131,13 +139,14 @@ class MessageParser:
             if not self._held:
                 return False
             self._after_tag = False
-        tags = [THINK_END] * (self.prose is Kind.REASONING) + [CALL] * (self._functions is not None)
-        place, tag = min(((place, tag) for tag in tags if (place := self._held.find(tag)) >= 0), default=(-1, ""))
-        if not tag:
+        tags = _TAGS[self.prose is Kind.REASONING, self._functions is not None]
+        found = _first(self._held, tags)
+        if found is None:
             end = len(self._held) if at_end or not tags else _may_become(self._held, tags)
             self._emit(parts, self._held[:end])
             self._held = self._held[end:]
             return False
+        place, tag = found
         text = self._held[:place].rstrip("\n")
         self._emit(parts, text)
         self._source = [self._held[len(text) : place + len(tag)]]
@@ -302,18 +311,20 @@ def assemble(parts: Iterable[Part]) -> Message:
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _may_become(text: str, tags: list[str]) -> int:
+def _first(text: str, tags: tuple[str, ...]) -> tuple[int, str] | None:
+    """Where the first of these tags stands, and which it is."""
+    if "<" not in text:
+        return None
+    return min(((place, tag) for tag in tags if (place := text.find(tag)) >= 0), default=None)
+
+
+def _may_become(text: str, tags: tuple[str, ...]) -> int:
     """Where the end of the text begins that a tag, and the newlines before it, may be made of."""
-    longest = max(map(len, tags)) - 1
-    tail = next(
-        (
-            start
-            for start in range(max(0, len(text) - longest), len(text))
-            if any(tag.startswith(text[start:]) for tag in tags)
-        ),
-        len(text),
-    )
-    return len(text[:tail].rstrip("\n"))
+    # A tag begins with its only "<".
+    tail = text.rfind("<")
+    if tail >= 0 and any(tag.startswith(text[tail:]) for tag in tags):
+        text = text[:tail]
+    return len(text.rstrip("\n"))
 
 
 def _string(source: str) -> str | None:
