@@ -20,13 +20,13 @@ from minisgl.child_process import package_environment
 from minisgl.sampling_params import Grammar
 from minisgl.scheduler_proc.adjustments import Refusal
 from minisgl.scheduler_proc.grammar import GrammarRefused
-from minisgl.scheduler_proc.grammar_wire import CompilerSettings, read_frame, write_frame
+from minisgl.scheduler_proc.grammar_wire import BUSY_FACTOR, CompilerSettings, read_frame, write_frame
 
 WORKERS = 2
 """Grammars compiled at once: a slow one does not hold up the others."""
 MAX_CACHED = 256
 MAX_CACHED_BYTES = 256 * 2**20
-QUEUE_LIMITS = 3
+QUEUE_LIMITS = 6
 """A grammar waits for its turn at most this many time limits."""
 START_SECONDS = 120.0
 GRACE_SECONDS = 5.0
@@ -125,7 +125,7 @@ class _Server:
 
     def __init__(self, settings: CompilerSettings) -> None:
         self.closed = False
-        self._answer_seconds = settings.seconds + GRACE_SECONDS
+        self._answer_seconds = settings.seconds * BUSY_FACTOR + GRACE_SECONDS
         self._process = subprocess.Popen(
             [sys.executable, "-m", "minisgl.scheduler_proc.grammar_server"],
             stdin=subprocess.PIPE,

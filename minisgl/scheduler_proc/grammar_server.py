@@ -26,8 +26,9 @@ import msgpack
 import numpy as np
 
 from minisgl.detokenizer_proc.incremental import decoder_types
+from minisgl.scheduler_proc.adjustments import withdraw
 from minisgl.scheduler_proc.grammar import GrammarState
-from minisgl.scheduler_proc.grammar_wire import CompilerSettings, read_frame, write_frame
+from minisgl.scheduler_proc.grammar_wire import BUSY_FACTOR, CompilerSettings, read_frame, write_frame
 from minisgl.scheduler_proc.json_schema import UnsupportedSchema, enforceable, enforceable_structural_tag
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
@@ -82,15 +83,16 @@ def _in_fork(work: Callable[[], bytes], seconds: float) -> tuple[bool, bytes | s
     if status == 0:
         outcome: tuple[bool, bytes | str] = msgpack.unpackb(data, use_list=False)
         return outcome
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM):
         return False, f"it takes more than {seconds:g} s to compile: make it simpler"
     return False, f"it takes more than {MAX_EXTRA_MEMORY // 2**20} MiB to compile, or crashes xgrammar: make it simpler"
 
 
 def _limit_self(seconds: float) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    os.nice(10)
+    # Time that this process runs; on a busy machine it may wait for a good while longer.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds * BUSY_FACTOR)
+    os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -186,12 +188,12 @@ class _Compiler:
             state.fill(row)
             if state.problem:
                 raise Unusable(state.problem.message)
+            withdraw(row, self._eos_ids)
             # The row is longer than the vocabulary, and its last bits may be set.
             allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")[: self._vocab_size])
-            going_on = np.setdiff1d(allowed, self._eos_ids)
-            if not len(going_on) or state.ended:
+            state.accept(int(random.choice(allowed)))
+            if state.ended:
                 return
-            state.accept(int(random.choice(going_on)))
             if state.problem:
                 raise Unusable(state.problem.message)
 

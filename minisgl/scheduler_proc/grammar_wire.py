@@ -8,12 +8,15 @@ from typing import IO, Any
 
 import msgpack
 
+BUSY_FACTOR = 3
+"""How many times its CPU time limit a grammar may take by the clock."""
+
 _HEADER = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class CompilerSettings:
-    """What the server is started with; `seconds` is the time limit of one grammar."""
+    """What the server is started with; `seconds` is the CPU time that one grammar may take."""
 
     directory: str
     trust_remote_code: bool
