@@ -1,7 +1,7 @@
 """Attention of a decode step of few rows, from the unrotated projection to the attended heads, in two kernels.
 
 The first rotates, writes the new key and value to the KV pool and attends to a share of the positions; the second
-combines the shares. As in small_linear.py, what earlier steps have left is loaded before the wait for the projection.
+combines the shares. What earlier steps have left is loaded before the wait for this one (see dependent_launch.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minisgl.scheduler_proc.kernels.small_linear import launch_options
+from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
 
 MAX_GROUP = 16
 """Most query heads to a key head: the rows of one tensor core operand."""
@@ -24,7 +24,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def small_splits(rows: int, kv_heads: int, longest: int) -> int:
     """Over how many programs one row's keys are split, a power of two from 2 on."""
     most = 32 if rows == 1 else 16
-    wanted = max(2, min(most, 256 // (rows * kv_heads), -(-longest // BLOCK)))
+    wanted = max(2, min(most, 128 // (rows * kv_heads), -(-longest // BLOCK)))
     return 1 << (wanted.bit_length() - 1)
 
 

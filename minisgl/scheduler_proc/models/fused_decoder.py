@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention, prefill_attention
 from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend, small_splits
@@ -77,8 +78,7 @@ class FusedDecoder:
         self._context_length = context_length
         self._tables = _rotation_tables(decoder.rope, context_length, device)
         self._small_batches = small_batch_kernels_fit(self.config)
-        # Programmatic dependent launch begins with Hopper.
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._pdl = dependent_launch.supported(device)
 
     def decode(self, inputs: DecodeInputs) -> torch.Tensor:
         """Logits [rows, vocab] in the model's dtype."""
