@@ -19,6 +19,8 @@ TOOL_CALL_PARSERS = {"qwen": "hermes", "qwen25": "hermes", "hermes": "hermes"}
 _ALWAYS_REASON = ("deepseek-r1", "qwen3-thinking")
 REASONING_PARSERS = ("qwen3", *_ALWAYS_REASON)
 """They differ in where answers begin: within reasoning with the last two, by the chat template with the first."""
+EXTRAS = ("reasoning_effort", "documents")
+"""Template variables that requests have a field of their own for."""
 PROBE_SECONDS = 2.0
 
 _READS_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*?\btools\b", re.DOTALL)
@@ -37,7 +39,7 @@ class ChatFormats:
         reasoning_parser: one of REASONING_PARSERS, or None for a model that does not reason.
         opens_thinking: the prompt ends with `<think>`, so that answers begin within reasoning.
         thinking_switches: by template variable, whether it does when that is false and when it is true.
-        takes_reasoning_effort: the template has a variable of that name.
+        extras: those of EXTRAS that the template reads.
     """
 
     tool_call_parser: str | None = None
@@ -45,7 +47,7 @@ class ChatFormats:
     reasoning_parser: str | None = None
     opens_thinking: bool = False
     thinking_switches: dict[str, list[bool]] = field(default_factory=dict)
-    takes_reasoning_effort: bool = False
+    extras: list[str] = field(default_factory=list)
 
     def begins_inside(self, variables: Mapping[str, Any]) -> bool:
         """Whether an answer to a chat with these template variables begins within reasoning."""
@@ -74,7 +76,7 @@ def find_chat_formats(
         logger.warning("--tool-call-parser %s has no effect: %s", tool_call_parser, no_tools)
     if tool_call_parser == "none":
         own, no_tools = None, "the server was started with --tool-call-parser none"
-    found = ChatFormats(own, "" if own else no_tools, takes_reasoning_effort="reasoning_effort" in source)
+    found = ChatFormats(own, "" if own else no_tools, extras=[name for name in EXTRAS if name in source])
     reasons = "<think>" in source or "</think>" in source
     if reasoning_parser == "none" or (reasoning_parser == "auto" and not reasons):
         return found

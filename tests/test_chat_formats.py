@@ -89,6 +89,11 @@ def test_it_works_in_any_thread() -> None:
     assert found[0].opens_thinking
 
 
+def test_which_extras_the_template_reads() -> None:
+    assert find("{{ documents }}{{ reasoning_effort }}").extras == ["reasoning_effort", "documents"]
+    assert find(QWEN3).extras == []
+
+
 def test_the_spec_has_it_and_takes_it_to_the_workers(tmp_path: Path) -> None:
     save(tmp_path, byte_level(), chat_template=QWEN3)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 400, "max_position_embeddings": 64}))

@@ -167,6 +167,8 @@ class Streams:
             refusal = ApiError.from_ring(error)
             if refusal.code == "invalid_grammar":
                 refusal.param = stream.grammar_field
+            elif refusal.code == "unknown_template_variable":
+                refusal.param = "chat_template_kwargs"
             self._fail(stream, refusal)
 
     def take_dispatched(self, message: Dispatched) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from minisgl.chat_formats import ChatFormats
+from minisgl.chat_formats import EXTRAS, ChatFormats
 from minisgl.http.errors import ApiError
 from minisgl.http.message_parser import CALL, CALL_END, THINK, THINK_END, MessageParser
 from minisgl.http.schemas import BOOLEAN, LIST, OBJECT, STRING, Field, field
@@ -108,10 +108,10 @@ def read_answer_format(
     Raises:
         ApiError: a field is wrong, or asks for what this model cannot do.
     """
-    more: JsonObject = {name: values[name] for name in ("reasoning_effort", "documents") if values[name]}
-    if more.get("reasoning_effort") and not formats.takes_reasoning_effort:
-        unread = "this model's chat template does not read reasoning_effort; leave it out"
-        raise _refusal("reasoning_effort", unread, "unsupported_field")
+    more: JsonObject = {name: values[name] for name in EXTRAS if values[name]}
+    if unread := [name for name in more if name not in formats.extras]:
+        sentence = f"this model's chat template does not read {unread[0]}; leave it out"
+        raise _refusal(unread[0], sentence, "unsupported_field")
     tools = _read_tools(values, formats)
     reasons, inside = _reasoning(messages, template, formats)
     grammar, stop = sampling.grammar, sampling.stop

@@ -127,8 +127,9 @@ def test_free_answers_are_text(client: Any) -> None:
 
 def test_what_the_template_does_not_read_is_refused(client: Any) -> None:
     kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
-    with pytest.raises(openai.BadRequestError, match="no variable 'enable_thinking'; it reads tools"):
+    with pytest.raises(openai.BadRequestError, match="no variable 'enable_thinking'; it reads tools") as refusal:
         client.create(model="demo", messages=ASK, extra_body=kwargs)
+    assert refusal.value.param == "chat_template_kwargs"
 
 
 def test_the_server_says_how_it_parses(server: RealServer) -> None:

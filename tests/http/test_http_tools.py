@@ -358,6 +358,7 @@ def called(**call: Any) -> list[dict[str, Any]]:
         ({"tool_choice": "required", "regex": "a"}, "tool_choice", "another grammar"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "true or false"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not read"),
+        ({"documents": [{"text": "x"}]}, "documents", "does not read"),
         ({"messages": [{"role": "user", "tool_calls": [{}], "content": "x"}]}, "messages", "are the assistant's"),
         ({"messages": called(function={"name": "f", "arguments": "{"})}, "messages", "text of a JSON object"),
         ({"messages": called(function={"name": "f", "arguments": "[1]"})}, "messages", "text of a JSON object"),
