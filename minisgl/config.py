@@ -151,7 +151,7 @@ class ServerConfig:
         "--tokenizer-worker-num",
     )
     detokenizer_workers: int = _flag(
-        0, "detokenizer processes; 0 chooses: one per two GPUs if there are eight CPUs for each, else one"
+        0, "detokenizer processes; 0 chooses: one per eight CPUs on a GPU host, at most one per GPU, elsewhere one"
     )
     load_balance_method: str = _flag("round_robin", "which replica takes the next request", choices=("round_robin",))
     startup_timeout: float = _flag(600.0, "seconds a worker may take to load and warm up")

@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import fcntl
 import importlib.metadata
-import math
 import os
 import re
 import socket
@@ -155,17 +154,17 @@ def _remove_sockets(path: Path) -> None:
 
 # ---- workers -------------------------------------------------------------------------------------------------------
 
-_WORKERS = {"http_workers": (4, 4, 16), "tokenizer_workers": (8, 2, 8), "detokenizer_workers": (8, 0.5, 8)}
+_WORKERS = {"http_workers": (4, 4, 16), "tokenizer_workers": (8, 2, 8), "detokenizer_workers": (8, 1, 8)}
 """On a GPU host: at least so many CPUs for each, at most so many for each GPU, and at most so many."""
 
 
 def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = None) -> ServerConfig:
     """The settings with the numbers of workers that were left to choose (0).
 
-    A GPU makes up to 90,000 tokens a second of a small model. One takes http 5 to 8 us of a CPU and the detokenizer 3
-    (bench/ENGINE_LOG.md, entry on delivery), a request takes http 300 us and the tokenizer 100. So four http workers
-    are a sixth busy and read a burst of 256 requests in 20 ms, two tokenizers keep up with them, and one detokenizer
-    does for two GPUs. A model on the CPU is far slower than one worker of each, and wants the CPUs for itself.
+    A GPU makes up to 90,000 tokens a second of a small model. One costs http 7 to 14 us and the detokenizer 3 to 6, the
+    less the further behind they are (bench/ENGINE_LOG.md, entry 5); a request costs http some 300 us and the tokenizer
+    100. So four http workers are a third busy and read a burst of 256 requests in 20 ms, two tokenizers keep up with
+    them; one detokenizer is half busy. A model on the CPU is far slower than one worker of each, and needs the CPUs.
 
     Args:
         replicas: schedulers.
@@ -175,7 +174,7 @@ def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = N
     on_gpu = config.device not in ("cpu", "mps") and cuda_device_count(os.environ) > 0
     counts: dict[str, Any] = {}
     for name, (cpus_each, most_per_gpu, most) in _WORKERS.items():
-        best = min(cpus // cpus_each, math.ceil(most_per_gpu * replicas), most) if on_gpu else 1
+        best = min(cpus // cpus_each, most_per_gpu * replicas, most) if on_gpu else 1
         counts[name] = getattr(config, name) or max(1, best)
     return dataclasses.replace(config, **counts)
 
