@@ -60,6 +60,8 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # The document then names the media types that are written down, and no other.
+        default_response_class=Response,
         responses=api_docs.UNAUTHORIZED if service.spec.config.has_keys else {},
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_bug},
     )

@@ -182,6 +182,10 @@ ABORT: dict[str, Any] = {
                 "rid": {"type": ["string", "null"], "description": "the request's `rid` or X-Request-Id"},
                 "abort_all": {"type": "boolean", "default": False},
             },
+            "anyOf": [
+                {"required": ["rid"], "properties": {"rid": {"type": "string", "minLength": 1}}},
+                {"required": ["abort_all"], "properties": {"abort_all": {"const": True}}},
+            ],
         },
         {"rid": "my-request"},
     ),

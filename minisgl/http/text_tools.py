@@ -12,6 +12,7 @@ from minisgl.http.openai_fields import CHAT_FIELDS, CHAT_HARMLESS
 from minisgl.http.questions import Questions
 from minisgl.http.schemas import (
     BOOLEAN,
+    NULL,
     STRING,
     STRINGS,
     TOKEN_ID_LISTS,
@@ -38,13 +39,14 @@ _CHAT_NAMES = (
     "chat_template_kwargs",
 )
 """The fields of a chat that its template turns into the prompt; they mean what they mean in /v1/chat/completions."""
-_MODEL = field(STRING, default=None, description="the served model's name; may be left out")
+_MODEL = field(STRING, NULL, default=None, description="the served model's name; may be left out")
 TOKENIZE_FIELDS = {
     "model": _MODEL,
-    "prompt": field(STRING, STRINGS, default=None, description="a text, or several", maxItems=MAX_TEXTS),
+    "prompt": field(STRING, STRINGS, NULL, default=None, description="a text, or several", maxItems=MAX_TEXTS),
     **{name: CHAT_FIELDS[name] for name in _CHAT_NAMES if name in CHAT_FIELDS},
     "add_special_tokens": field(
         BOOLEAN,
+        NULL,
         default=None,
         description="whether the tokenizer adds BOS and the like; true for a prompt, and false for a chat, whose "
         "template has already written them",
@@ -60,7 +62,7 @@ DETOKENIZE_FIELDS = {
     "tokens": field(
         TOKEN_IDS, TOKEN_ID_LISTS, default=None, description="the token ids of a text, or of several", maxItems=2**20
     ),
-    "skip_special_tokens": field(BOOLEAN, default=True, description="leave special tokens out of the text"),
+    "skip_special_tokens": field(BOOLEAN, NULL, default=True, description="leave special tokens out of the text"),
 }
 
 
