@@ -52,3 +52,16 @@ def test_alone_batched_chunked_and_preempted(family: str, model: Checkpoint) -> 
     preempted, core = serve(tight, model.spec, requests, max_total_tokens=68, chunked_prefill_size=11)
     assert core.scheduler.preemptions > 0
     assert preempted == expected
+
+
+def test_with_a_repetition_penalty_too(family: str, model: Checkpoint) -> None:
+    penalised = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, repetition_penalty=1.4)
+    requests = [(prompt, penalised) for prompt in prompts()]
+    expected = [model.generate(prompt, repetition_penalty=1.4) for prompt in prompts()]
+    assert expected != [model.generate(prompt) for prompt in prompts()]
+    engine = load_engine(model.spec)
+    assert serve(engine, model.spec, requests)[0] == expected
+    tight = load_engine(model.spec, max_total_tokens=68)
+    preempted, core = serve(tight, model.spec, requests, max_total_tokens=68, chunked_prefill_size=11)
+    assert core.scheduler.preemptions > 0
+    assert preempted == expected

@@ -112,11 +112,14 @@ def test_alone_batched_chunked_cached_and_preempted(family: str, checkpoint: Che
     def core(engine: Any = engine, **settings: Any) -> ReplicaCore:
         return ReplicaCore(engine, server_config(**settings), model.spec)
 
+    alone = [serve(core(), [request])[0] for request in requests()]
+
     def check_all(answers: list[Answer]) -> None:
-        for (prompt, sampling), answer in zip(requests(), answers, strict=True):
+        for (prompt, sampling), answer, lonely in zip(requests(), answers, alone, strict=True):
+            assert answer.token_ids == lonely.token_ids
             check(model, prompt, sampling, answer)
 
-    check_all([serve(core(), [request])[0] for request in requests()])
+    check_all(alone)
     check_all(serve(core(), requests()))
     check_all(serve(core(chunked_prefill_size=7), requests()))
     warm = core(chunked_prefill_size=7)

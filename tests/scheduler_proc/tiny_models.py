@@ -131,11 +131,11 @@ class Checkpoint:
         architecture = self.module.config.architectures[0]
         return ModelSpec(str(self.directory), "tiny", "tiny", CONTEXT_LENGTH, VOCAB_SIZE, (), architecture)
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int = NEW_TOKENS) -> list[int]:
+    def generate(self, prompt: Sequence[int], max_new_tokens: int = NEW_TOKENS, **options: Any) -> list[int]:
         """transformers' own greedy continuation of a prompt."""
         ids = torch.tensor([list(prompt)])
         output = self.module.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, **options
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
