@@ -162,7 +162,7 @@ def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = N
     """The settings with the numbers of workers that were left to choose (0).
 
     A GPU makes up to 90,000 tokens a second of a small model. One costs http 7 to 14 us and the detokenizer 3 to 6, the
-    less the further behind they are (bench/ENGINE_LOG.md, entry 5); a request costs http some 300 us and the tokenizer
+    less the further behind they are (bench/ENGINE_LOG.md, entry 6); a request costs http some 300 us and the tokenizer
     100. So four http workers are a third busy and read a burst of 256 requests in 20 ms, two tokenizers keep up with
     them; one detokenizer is half busy. A model on the CPU is far slower than one worker of each, and needs the CPUs.
 
