@@ -138,6 +138,28 @@ def test_each_detokenizer_gets_its_own_requests(start: Callable[..., ServingThre
         assert answers == {rid: undisturbed([rid % VOCAB_SIZE], sampling, 5) for rid in rids}
 
 
+def test_log_probabilities_go_with_their_rows_to_the_detokenizer(start: Callable[..., ServingThread]) -> None:
+    serving = start(FakeEngine())
+    fields = {"ignore_eos": True, "max_new_tokens": 3, "logprobs": 0, "prompt_logprobs_from": 1}
+    for rid in (10, 11, 12):
+        serving.send(tokenized(rid, [5, rid], **fields))
+    serving.announce_detokenizers()
+    for index, rids in ((0, [10, 12]), (1, [11])):
+        rows_due = 3 * len(rids)
+        messages = take_until(
+            serving.detokenizers[index], lambda found, due=rows_due: sum(len(batch.rids) for batch in found) == due
+        )
+        found: dict[int, list[tuple[bool, list[int], list[float]]]] = {rid: [] for rid in rids}
+        for batch in messages:
+            for part in batch.logprobs:
+                found[batch.rids[part.row]].append((part.of_prompt, part.token_ids, part.values))
+        for rid in rids:
+            tokens, _ = undisturbed([5, rid], SamplingParams(ignore_eos=True, max_new_tokens=3), 3)
+            # The fake engine's values are positions.
+            answer = [(False, [token_id], [float(place)]) for place, token_id in enumerate(tokens, 2)]
+            assert found[rid] == [(True, [rid], [1.0]), *answer]
+
+
 def test_refusals_go_to_the_detokenizer_of_the_request(start: Callable[..., ServingThread]) -> None:
     serving = start(FakeEngine())
     serving.announce_detokenizers()
