@@ -25,6 +25,9 @@ from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepR
 SCORED_TOKENS = 256
 """Prompt positions of one step at most whose logits are computed for log probabilities: each is a whole vocabulary."""
 
+MAX_PROMPT_LOGPROBS = 2**20
+"""Log probabilities of one prompt at most: they travel in one message."""
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:
@@ -443,6 +446,13 @@ class Scheduler:
         foreign = next((token_id for token_id, _ in message.sampling.logit_bias if token_id >= vocab_size), None)
         if foreign is not None:
             return "invalid_request", f"logit_bias names token id {foreign}, which is not in the vocabulary"
+        start, most = message.sampling.prompt_logprobs_from, message.sampling.logprobs or 0
+        if start is not None and (prompt_len - start) * (1 + most) > MAX_PROMPT_LOGPROBS:
+            return (
+                "invalid_request",
+                f"log probabilities of {prompt_len - start} prompt tokens, each with {most} likeliest ones, are more "
+                f"than the {MAX_PROMPT_LOGPROBS} that one answer can bring; ask for fewer, or from a later token on",
+            )
         wanted = prompt_len + (asked or 1)
         if wanted <= self._token_limit():
             return None

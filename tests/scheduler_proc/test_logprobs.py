@@ -203,3 +203,11 @@ def test_a_prompt_preempted_half_way_gives_each_log_probability_once() -> None:
         assert len(in_flight) < 3
     assert scheduler.preemptions == 1
     assert found == [Logprobs(0, True, [3, 4, 5, 6], [2.0, 3.0, 4.0, 5.0])]
+
+
+def test_more_log_probabilities_than_a_message_can_bring_are_refused() -> None:
+    scheduler, _ = make_scheduler(num_pages=2500, context_length=10_000)
+    fields = {"max_new_tokens": 1, "logprobs": 127}
+    assert scheduler.submit(tokenized(1, [5] * 8200, prompt_logprobs_from=8, **fields)) is None
+    refusal = scheduler.submit(tokenized(2, [5] * 8200, prompt_logprobs_from=7, **fields))
+    assert refusal is not None and refusal.status == 400 and "8193 prompt tokens" in refusal.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_fakes import EOS, VOCAB_SIZE, FakeEngine, make_scheduler, tokenized, undisturbed
 
-from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
+from minisgl.messages import FinishReason, RequestError, TokenizedRequest
 from minisgl.sampling_params import Grammar, SamplingParams
 from minisgl.scheduler_proc.adjustments import Refusal
 from minisgl.scheduler_proc.request import StepPlan
@@ -426,22 +426,3 @@ def test_a_bias_for_a_token_that_is_none_is_refused() -> None:
     assert (
         refusal is not None and refusal.status == 400 and f"logit_bias names token id {VOCAB_SIZE}" in refusal.message
     )
-
-
-def test_a_prompt_preempted_half_way_gives_each_log_probability_once() -> None:
-    scheduler, engine = make_scheduler(num_pages=10, page_size=1, step_tokens=2)
-    scheduler.submit(tokenized(1, [5], max_new_tokens=9, ignore_eos=True))
-    step(scheduler, engine)
-    scheduler.submit(tokenized(2, [1, 2, 3, 4, 5, 6], max_new_tokens=1, prompt_logprobs_from=2))
-    found, in_flight = [], []
-    while scheduler.running or scheduler.waiting:
-        plan = scheduler.plan()
-        if plan is not None:
-            in_flight.append((plan, engine.launch(plan)))
-        if len(in_flight) > 1 or plan is None:
-            plan, launched = in_flight.pop(0)
-            token_ids = engine.retire(launched)
-            found += scheduler.retire(plan, token_ids, engine.logprobs(launched)).logprobs
-        assert len(in_flight) < 3
-    assert scheduler.preemptions == 1
-    assert found == [Logprobs(0, True, [3, 4, 5, 6], [2.0, 3.0, 4.0, 5.0])]
