@@ -13,6 +13,7 @@ from minisgl.scheduler_proc.grammar import GrammarMask
 from minisgl.scheduler_proc.grammar_compiler import GrammarCompiler
 from minisgl.scheduler_proc.grammar_wire import CompilerSettings
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.pacing import PromptPacer
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan
 from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
@@ -48,10 +49,19 @@ class ReplicaCore:
 
     Every submitted request ends in exactly one of: the RequestError that `submit`, `take_refused` or `fail_all`
     returns, or one row of a TokenBatch from `step` whose finish is not NONE.
+
+    Args:
+        own_process: whether nobody else's threads run in this process.
     """
 
     def __init__(
-        self, engine: StepRunner, config: ServerConfig, model: ModelSpec, replica: int = 0, epoch: int = 1
+        self,
+        engine: StepRunner,
+        config: ServerConfig,
+        model: ModelSpec,
+        replica: int = 0,
+        epoch: int = 1,
+        own_process: bool = False,
     ) -> None:
         self.engine = engine
         self.limits = scheduler_limits(config, model, engine.device_name)
@@ -62,10 +72,14 @@ class ReplicaCore:
                 model.vocab_size,
                 sorted(self.limits.eos_ids),
                 config.grammar_timeout,
-            )
+            ),
+            own_process,
         )
         cache = None if config.disable_radix_cache else PrefixCache(engine.page_size)
         self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size), cache)
+        # A GPU computes prompts so fast that cutting them finer would cost more than the streams gain.
+        paced = config.chunked_prefill_size is None and engine.device_name.startswith("cpu")
+        self._pacer = PromptPacer() if paced else None
         self._replica = replica
         self._epoch = epoch
         self._narrate = config.narrate
@@ -112,7 +126,7 @@ class ReplicaCore:
         if self._ended.rids:
             batch, self._ended = self._ended, self._empty_batch()
             return batch
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._pacer.prompt_tokens() if self._pacer else None)
         if plan is not None:
             self._in_flight.append((plan, timeline.now(), self.engine.launch(plan)))
         if plan is None and not self._in_flight:
@@ -130,6 +144,9 @@ class ReplicaCore:
         self._steps += 1
         self._tokens_generated += len(sampled.rids)
         self._last_step_ms = (retired - launched) / 1e6
+        if self._pacer:
+            prompt_tokens = sum(row.length for row in plan.rows[plan.decode_rows :])
+            self._pacer.observe(plan.decode_rows, prompt_tokens, (retired - launched) / 1e9)
         if self._narrate:
             self._tell_prefills(plan)
         if not sampled.rids:

@@ -178,8 +178,10 @@ class Scheduler:
 
     # ---- steps ----
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, beside_decodes: int | None = None) -> StepPlan | None:
         """The next step: every decoding request first, then as much prompt as the step's budget leaves room for.
+
+        Where requests decode, that is `beside_decodes` tokens at most, but a page in any case.
 
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
@@ -188,7 +190,10 @@ class Scheduler:
         rows: list[StepRow] = []
         self._plan_decodes(rows)
         decode_rows = len(rows)
-        self._plan_prompts(rows, max(self.limits.step_tokens - decode_rows, self._least_prefill))
+        budget = self.limits.step_tokens - decode_rows
+        if rows and beside_decodes is not None:
+            budget = min(budget, beside_decodes)
+        self._plan_prompts(rows, max(budget, self._least_prefill))
         if not rows:
             return None
         self._planned_step += 1

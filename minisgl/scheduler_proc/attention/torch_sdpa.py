@@ -15,6 +15,9 @@ from minisgl.scheduler_proc.attention.backend import AttentionSpec
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, PrefillChunk
 
+FEW_QUERIES = 64
+"""Chunks up to which a CPU spends more on each head's keys than on its queries, so that heads are folded, too."""
+
 
 class TorchSdpaAttention:
     """The backend; keeps the pool, and a buffer for gathered pages that grows to the largest use."""
@@ -119,6 +122,11 @@ class TorchSdpaStep:
             mask = _lower_right_mask(count, length)
         elif window is not None or chunk.start:
             mask = self._prefill_mask(index, chunk, window, query)
+        if mask is not None and query.device.type == "cpu" and count <= FEW_QUERIES:
+            folded = by_head.reshape(1, key.shape[1], -1, head_dim)
+            group_mask = mask.repeat(folded.shape[2] // count, 1)
+            attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=group_mask, scale=spec.scale)
+            return attended.view(-1, count, head_dim).transpose(0, 1)
         shares_heads = query.device.type == "cpu" or (query.is_cuda and window is None)
         if not shares_heads:
             # Here the kernels that know shared key heads are slow with a mask, or missing.

@@ -1,0 +1,44 @@
+"""How much prompt a step may compute beside running streams, learnt from how long steps take."""
+
+from __future__ import annotations
+
+STRETCH = 2.0
+"""How long a step with prompt tokens may take, in steps without. What is promised is 3, and steps vary."""
+QUIET_WEIGHT = 0.2
+LOWERED_WEIGHT = 0.5
+
+
+class PromptPacer:
+    """Learns the time of a step without prompt tokens, and what each prompt token adds to it.
+
+    A later chunk of a long prompt costs more than an early one, since it sees more positions; a rise is therefore
+    believed at once, a fall by and by.
+    """
+
+    def __init__(self) -> None:
+        self._quiet: float | None = None
+        self._per_token: float | None = None
+
+    def observe(self, decode_rows: int, prompt_tokens: int, seconds: float) -> None:
+        """Learn from a step that has been computed."""
+        if not prompt_tokens:
+            # A hiccup of the machine is no news about the model.
+            quiet = seconds if self._quiet is None else min(seconds, 2 * self._quiet)
+            self._quiet = quiet if self._quiet is None else self._quiet + QUIET_WEIGHT * (quiet - self._quiet)
+            return
+        if decode_rows and self._quiet is None:
+            return
+        if not decode_rows and self._per_token is not None:
+            return
+        added = seconds - self._quiet if decode_rows and self._quiet is not None else seconds
+        cost = max(added, 0.0) / prompt_tokens
+        if self._per_token is None or cost > self._per_token:
+            self._per_token = cost
+        else:
+            self._per_token += LOWERED_WEIGHT * (cost - self._per_token)
+
+    def prompt_tokens(self) -> int | None:
+        """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing."""
+        if self._quiet is None or not self._per_token:
+            return None
+        return int((STRETCH - 1) * self._quiet / self._per_token)

@@ -1,0 +1,76 @@
+"""How much prompt runs beside streams: the gap they see stays under three quiet steps, and the prompt gets on."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_fakes import make_scheduler, tokenized
+
+from minisgl.scheduler_proc.pacing import PromptPacer
+
+PAGE = 16
+STEP_TOKENS = 512
+
+
+def simulate(prompt: int, quiet: float, per_token: float, per_position: float, overhead: float) -> list[float]:
+    """Seconds of the steps in which a prompt is computed beside streams; a chunk pays for the positions before it."""
+    pacer = PromptPacer()
+    pacer.observe(0, STEP_TOKENS, STEP_TOKENS * per_token)
+    for _ in range(10):
+        pacer.observe(32, 0, quiet)
+    position, seconds = 0, []
+    while position < prompt:
+        allowed = pacer.prompt_tokens()
+        chunk = min(prompt - position, max(PAGE, min(STEP_TOKENS, STEP_TOKENS if allowed is None else allowed)))
+        seconds.append(quiet + overhead + chunk * (per_token + position * per_position))
+        pacer.observe(32, chunk, seconds[-1])
+        position += chunk
+    return seconds
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.01])
+@pytest.mark.parametrize("per_token", [0.0002, 0.001])
+@pytest.mark.parametrize("per_position", [0.0, 1e-8, 1e-7])
+def test_no_gap_reaches_three_quiet_steps(per_token: float, per_position: float, overhead: float) -> None:
+    quiet = 0.1
+    seconds = simulate(16384, quiet, per_token, per_position, overhead)
+    assert max(seconds) < 3 * quiet
+    # And about as much is computed as a step may cost.
+    assert sum(seconds) / len(seconds) > 1.7 * quiet
+
+
+def test_cheap_prompts_are_not_cut() -> None:
+    assert len(simulate(16384, 0.1, 1e-5, 0.0, 0.0)) == 16384 // STEP_TOKENS
+    assert len(simulate(16384, 0.1, 0.0, 0.0, 0.0)) == 16384 // STEP_TOKENS
+
+
+def test_one_hiccup_changes_little() -> None:
+    pacer = PromptPacer()
+    pacer.observe(0, 500, 0.5)
+    for _ in range(10):
+        pacer.observe(8, 0, 0.1)
+    before = pacer.prompt_tokens()
+    pacer.observe(8, 0, 60.0)
+    after = pacer.prompt_tokens()
+    assert before is not None and after is not None
+    assert before <= after <= 1.3 * before
+
+
+def test_nothing_is_cut_before_anything_is_known() -> None:
+    pacer = PromptPacer()
+    assert pacer.prompt_tokens() is None
+    pacer.observe(3, 100, 0.2)
+    assert pacer.prompt_tokens() is None
+
+
+def test_the_plan_keeps_to_it_only_beside_decodes() -> None:
+    scheduler, _ = make_scheduler(num_pages=200, page_size=4, context_length=100, step_tokens=64)
+    scheduler.submit(tokenized(1, [3] * 5, max_new_tokens=8))
+    first = scheduler.plan(beside_decodes=1)
+    assert first is not None and [row.length for row in first.rows] == [5]
+    scheduler.retire(first, [1])
+    scheduler.submit(tokenized(2, [3] * 60, max_new_tokens=8))
+    second = scheduler.plan(beside_decodes=7)
+    assert second is not None and [row.length for row in second.rows] == [1, 7]
+    scheduler.retire(second, [1])
+    least = scheduler.plan(beside_decodes=0)
+    assert least is not None and [row.length for row in least.rows] == [1, 4]
