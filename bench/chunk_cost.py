@@ -8,13 +8,15 @@ every stream in each step, and read by real sockets in a process of its own. The
 client has the last one, so that no two chunks of a stream can go out together: each is a write of its own. CPU time is
 that of all threads of the http process, kernel included, between two steps in the middle of the streams.
 
-CPU time hardly depends on what else runs, but it does depend on the machine: compare variants in turn (A B A B) on one.
+The last line is what the kernel's part costs: a plain send() of a chunk of `native`, in turn with the others. CPU time
+depends on the machine, and on what shares its caches and cores: compare variants in turn (A B A B) on one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -22,12 +24,13 @@ import socket
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 from benchlib.servers import REPOSITORY
-from benchlib.stream_readers import TIMEOUT_SECONDS, StreamReaders
+from benchlib.stream_readers import RESPONSE_END, TIMEOUT_SECONDS, StreamReaders
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -57,24 +60,27 @@ WIRES = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4096}),
     "sglang": ("/generate", {"text": "Hello", "sampling_params": {"max_new_tokens": 4096}}),
 }
+BARE = "send() alone"
 WARM_UP_STEPS = 16
 MODEL = ModelSpec("model", "model", "model", 2**20, 2**15, (2,), "Qwen2ForCausalLM")
 
 
 def main() -> int:
     arguments = make_parser().parse_args()
-    cells = [(wire, streams) for streams in arguments.streams for wire in arguments.wires]
+    wires = [*arguments.wires, BARE]
+    cells = [(wire, streams) for streams in arguments.streams for wire in wires]
     costs: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
     with http_worker() as worker:
         for _ in range(arguments.rounds):
             for wire, streams in cells:
                 steps = max(arguments.steps, arguments.chunks // streams)
-                costs[wire, streams].append(worker.cost(wire, streams, steps))
+                measure = bare_cost if wire == BARE else functools.partial(worker.cost, wire)
+                costs[wire, streams].append(measure(streams, steps))
     rows = [
         {"wire": wire, "streams": streams, "us_per_chunk": statistics.median(found), "rounds": found}
         for (wire, streams), found in costs.items()
     ]
-    print(table(rows, arguments.wires, arguments.streams))
+    print(table(rows, wires, arguments.streams))
     if arguments.json:
         facts = {"cpus": os.cpu_count(), "python": sys.version.split()[0], "load": os.getloadavg()[0], "costs": rows}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
@@ -195,6 +201,26 @@ def http_worker() -> Iterator[HttpWorker]:
             yield worker
         finally:
             worker.stop()
+
+
+def bare_cost(streams: int, steps: int) -> float:
+    """Microseconds of CPU time of a plain send() to one of so many clients, which all read before the next round."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        readers = StreamReaders(listener.getsockname()[1], b"GET", streams)
+        clients = [listener.accept()[0] for _ in range(streams)]
+        spent_ns = 0
+        for step in range(WARM_UP_STEPS + steps):
+            chunk = b'16\r\n{"text_delta":" word"}\n\r\n' if step else b"HTTP/1.1 200 OK\r\n\r\n1\r\n\n\r\n"
+            begun_ns = time.thread_time_ns()
+            for client in clients:
+                client.send(chunk)
+            spent_ns += (time.thread_time_ns() - begun_ns) * (step >= WARM_UP_STEPS)
+            readers.wait_step()
+        for client in clients:
+            client.send(RESPONSE_END)
+            client.close()
+        readers.wait_end()
+    return spent_ns / 1000 / (steps * streams)
 
 
 def step_of(rids: list[int], step: int, finish: FinishReason, openings: list[Opening]) -> DeltaBatch:

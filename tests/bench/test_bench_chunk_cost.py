@@ -20,12 +20,12 @@ def test_every_wire_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     costs = json.loads((tmp_path / "costs.json").read_text())["costs"]
     assert {(row["wire"], row["streams"]) for row in costs} == {
-        (wire, streams) for wire in ("native", "chat", "sglang") for streams in (1, 3)
+        (wire, streams) for wire in ("native", "chat", "sglang", "send() alone") for streams in (1, 3)
     }
     assert all(0 < cost < 100_000 for row in costs for cost in row["rounds"])
     assert all(len(row["rounds"]) == 2 for row in costs)
     header, *lines = done.stdout.splitlines()
-    assert "3 streams" in header and [line.split()[0] for line in lines] == ["native", "chat", "sglang"]
+    assert "3 streams" in header and [line.split()[0] for line in lines] == ["native", "chat", "sglang", "send()"]
 
 
 RESPONSE = (
