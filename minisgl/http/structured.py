@@ -102,7 +102,14 @@ def _json_schema(place: str, value: Any) -> Grammar:
             raise _refusal(place, f"is not JSON: {error}") from None
     if type(value) not in (dict, bool):
         raise _refusal(place, "must be a JSON schema, which is an object")
-    return Grammar("json_schema", orjson.dumps(value).decode())
+    return Grammar("json_schema", _source(place, value))
+
+
+def _source(place: str, value: Any) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError as error:
+        raise _refusal(place, f"cannot be used: {error}") from None
 
 
 def _regex(place: str, value: Any) -> Grammar:
@@ -135,7 +142,7 @@ def _structural_tag(place: str, value: Any) -> Grammar:
         raise _refusal(place, "must be an object such as xgrammar's StructuralTag")
     if "structures" in value or "triggers" in value:
         value = _from_sglangs_tags(place, value)
-    return Grammar("structural_tag", orjson.dumps({"type": "structural_tag", **value}).decode())
+    return Grammar("structural_tag", _source(place, {"type": "structural_tag", **value}))
 
 
 def _from_sglangs_tags(place: str, value: JsonObject) -> JsonObject:

@@ -313,7 +313,11 @@ def _json_format(schema: Any) -> JsonObject:
 
 
 def _structural(content: JsonObject) -> Grammar:
-    return Grammar("structural_tag", orjson.dumps({"type": "structural_tag", "format": content}).decode())
+    try:
+        return Grammar("structural_tag", orjson.dumps({"type": "structural_tag", "format": content}).decode())
+    except orjson.JSONEncodeError as error:
+        deep = f"the schema that the answer or the arguments of its calls must match cannot be used: {error}"
+        raise _refusal("tools", deep) from None
 
 
 def _as_format(grammar: Grammar) -> JsonObject:

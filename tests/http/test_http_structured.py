@@ -126,6 +126,7 @@ WRONG = [
     (CHAT, {"regex": LONG}, "regex", "at most"),
     (CHAT, {"guided_json": "{"}, "guided_json", "not JSON"),
     (CHAT, {"guided_json": "[]"}, "guided_json", "JSON schema"),
+    (CHAT, {"guided_json": '{"not":' * 300 + "{}" + "}" * 300}, "guided_json", "Recursion limit"),
     (CHAT, {"guided_choice": []}, "guided_choice", "texts"),
     (CHAT, {"guided_choice": ["a", ""]}, "guided_choice", "texts"),
     (CHAT, {"regex": "a", "response_format": {"type": "json_object"}}, "response_format", "one grammar"),

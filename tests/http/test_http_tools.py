@@ -326,6 +326,10 @@ def tool(**function: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": {"name": "f", **function}}]
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": nested(depth - 2)}} if depth > 1 else {}
+
+
 def call_of_f(arguments: str) -> str:
     return f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
 
@@ -356,6 +360,7 @@ def called(**call: Any) -> list[dict[str, Any]]:
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not among the tools"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tool_choice": "required", "regex": "a"}, "tool_choice", "another grammar"),
+        ({"tools": tool(parameters=nested(300)), "tool_choice": "required"}, "tools", "Recursion limit"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "true or false"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not read"),
         ({"documents": [{"text": "x"}]}, "documents", "does not read"),

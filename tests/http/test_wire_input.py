@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.chat_formats import ChatFormats
 from minisgl.config import ModelSpec
 from minisgl.http import compat_docs, sglang
 from minisgl.http.errors import ApiError
@@ -18,7 +19,8 @@ from minisgl.http.openai_fields import CHAT_FIELDS, CHAT_HARMLESS, COMPLETION_FI
 from minisgl.messages import GenerateRequest, decode, encode
 from minisgl.timeline import now
 
-MODEL = ModelSpec("models/demo", "demo", "demo", 2048, 1000, (2,), "Qwen2ForCausalLM")
+FORMATS = ChatFormats("hermes", "", "qwen3", opens_thinking=True, extras=["documents", "reasoning_effort"])
+MODEL = ModelSpec("models/demo", "demo", "demo", 2048, 1000, (2,), "Qwen2ForCausalLM", chat_formats=FORMATS)
 CALLER = Caller(MODEL, "an-id", wants_sse=False)
 
 SCALAR = st.none() | st.booleans() | st.integers(-3, 130) | st.integers() | st.floats() | st.text(max_size=9)
@@ -40,8 +42,19 @@ def bodies(required: dict[str, Any], *tables: dict[str, Any]) -> st.SearchStrate
     return st.builds(lambda one, two: {**one, **two}, st.fixed_dictionaries(required), others)
 
 
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g"]) | JSON},
+    optional={"parameters": st.just({"type": "object"}) | JSON, "strict": JSON, "description": JSON},
+)
+TOOL = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTION | JSON}) | JSON
+CHOICE = st.sampled_from(["auto", "none", "required", None, {"type": "function", "function": {"name": "f"}}]) | JSON
+
 READERS: list[tuple[Callable[[Any, Caller], Generation], st.SearchStrategy[dict[str, Any]]]] = [
     (read_chat, bodies({"messages": st.lists(MESSAGE, max_size=3)}, CHAT_FIELDS, CHAT_HARMLESS)),
+    (
+        read_chat,
+        bodies({"messages": st.lists(MESSAGE, max_size=2), "tools": st.lists(TOOL) | JSON, "tool_choice": CHOICE}),
+    ),
     (read_completion, bodies({"prompt": PROMPT}, COMPLETION_FIELDS, COMPLETION_HARMLESS)),
     (
         sglang.read,
@@ -50,7 +63,7 @@ READERS: list[tuple[Callable[[Any, Caller], Generation], st.SearchStrategy[dict[
 ]
 
 
-@pytest.mark.parametrize(("read", "body"), READERS, ids=["chat", "completions", "sglang"])
+@pytest.mark.parametrize(("read", "body"), READERS, ids=["chat", "tools", "completions", "sglang"])
 def test_a_body_is_refused_or_crosses_the_ring(
     read: Callable[[Any, Caller], Generation], body: st.SearchStrategy[dict[str, Any]]
 ) -> None:
@@ -68,7 +81,7 @@ def test_a_body_is_refused_or_crosses_the_ring(
             return
         outcomes.add("taken")
         for ask in generation.asks:
-            request = GenerateRequest(1, ask.prompt, ask.sampling, [now()])
+            request = GenerateRequest(1, ask.prompt, ask.sampling, [now()], ask.template or {})
             assert decode(encode(request)) == request
 
     check()
