@@ -16,7 +16,7 @@ from minisgl.http.errors import ApiError
 from minisgl.http.message_parser import CALL, CALL_END, THINK, THINK_END, MessageParser
 from minisgl.http.schemas import BOOLEAN, LIST, OBJECT, STRING, Field, field
 from minisgl.messages import JsonObject
-from minisgl.sampling_params import MAX_STOP_STRINGS, Grammar, SamplingParams
+from minisgl.sampling_params import MAX_STOP_STRINGS, Grammar, InvalidSamplingParams, SamplingParams
 
 FIELDS: dict[str, Field] = {
     "tools": field(
@@ -133,7 +133,12 @@ def read_answer_format(
         template=more,
         grammar_field=grammar_field,
     )
-    return replace(sampling, grammar=grammar, stop=stop), answers
+    sampling = replace(sampling, grammar=grammar, stop=stop)
+    try:
+        sampling.validate()
+    except InvalidSamplingParams as error:
+        raise _refusal("tools", f"the grammar that the tools make is too much: {error}") from None
+    return sampling, answers
 
 
 def _reasoning(messages: list[JsonObject], template: JsonObject, formats: ChatFormats) -> tuple[bool, bool]:

@@ -361,6 +361,11 @@ def called(**call: Any) -> list[dict[str, Any]]:
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tool_choice": "required", "regex": "a"}, "tool_choice", "another grammar"),
         ({"tools": tool(parameters=nested(300)), "tool_choice": "required"}, "tools", "Recursion limit"),
+        (
+            {"tools": tool(parameters={"title": "x" * 300_000, "anyOf": []}), "tool_choice": "required"},
+            "tools",
+            "bytes",
+        ),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "true or false"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not read"),
         ({"documents": [{"text": "x"}]}, "documents", "does not read"),
