@@ -21,6 +21,7 @@ from minisgl.sampling_params import Grammar
 from minisgl.scheduler_proc.adjustments import Refusal
 from minisgl.scheduler_proc.grammar import GrammarRefused
 from minisgl.scheduler_proc.grammar_wire import BUSY_FACTOR, CompilerSettings, read_frame, write_frame
+from minisgl.scheduler_proc.xgrammar_import import import_xgrammar_alone
 
 WORKERS = 2
 """Grammars compiled at once: a slow one does not hold up the others."""
@@ -33,10 +34,15 @@ GRACE_SECONDS = 5.0
 
 
 class GrammarCompiler:
-    """Compiled grammars for one model. Nothing is started before the first `compile`; not thread-safe."""
+    """Compiled grammars for one model. Nothing is started before the first `compile`; not thread-safe.
 
-    def __init__(self, settings: CompilerSettings) -> None:
+    Args:
+        own_process: whether this process imports nothing in other threads, so that xgrammar can be imported fast.
+    """
+
+    def __init__(self, settings: CompilerSettings, own_process: bool = False) -> None:
         self._settings = settings
+        self._own_process = own_process
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="grammar")
         self._local = threading.local()
         self._servers: set[_Server] = set()
@@ -107,7 +113,9 @@ class GrammarCompiler:
             if self._closed:
                 server.close()
             with self._tokenizer_lock:
-                # Costs a second or two, in which the server starts.
+                # Takes its time, in which the server starts.
+                if self._own_process:
+                    import_xgrammar_alone()
                 from xgrammar import TokenizerInfo
 
                 described = server.read(START_SECONDS)

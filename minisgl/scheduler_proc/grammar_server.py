@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from select import select
-from types import ModuleType
 from typing import Any
 
 import msgpack
@@ -30,6 +29,7 @@ from minisgl.scheduler_proc.adjustments import withdraw
 from minisgl.scheduler_proc.grammar import GrammarState
 from minisgl.scheduler_proc.grammar_wire import BUSY_FACTOR, CompilerSettings, read_frame, write_frame
 from minisgl.scheduler_proc.json_schema import UnsupportedSchema, enforceable, enforceable_structural_tag
+from minisgl.scheduler_proc.xgrammar_import import import_xgrammar_alone
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
 MAX_EXTRA_MEMORY = 2**30
@@ -229,40 +229,6 @@ class _Warnings:
             if "Warning: " in line:
                 self.lines.append(_plain(line.split("Warning: ")[-1]))
         self._file.close()
-
-
-def import_xgrammar_alone() -> Any:
-    """xgrammar without torch and transformers, which it imports for what is not used here: 0.3 s instead of 4."""
-    absent = [name for name in ("torch", "transformers") if name not in sys.modules]
-    try:
-        # apache-tvm-ffi does without torch when there is none.
-        sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-        import tvm_ffi  # noqa: F401
-
-        sys.modules.update((name, _StandIn(name)) for name in absent)
-        import xgrammar
-    except Exception:  # another version of it may look closer
-        for name in [name for name in sys.modules if name.split(".")[0] in ("xgrammar", "tvm_ffi", *absent)]:
-            del sys.modules[name]
-        import xgrammar
-    else:
-        for name in absent:
-            del sys.modules[name]
-    return xgrammar
-
-
-class _StandIn(ModuleType):
-    """A module of which everything can be had and nothing used."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing
-
-
-class _Nothing:
-    def __init__(self, *arguments: object, **options: object) -> None:
-        pass
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load(worker: Worker) -> ReplicaCore:
     engine = StepEngine.load(spec.config, spec.model, spec.index, worker.progress)
     worker.progress("warming up")
     engine.warm_up()
-    core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch)
+    core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch, own_process=True)
     if spec.config.narrate:
         info = core.info()
         logger.info("model %s (%s), %s on %s", spec.model.name, spec.model.architecture, info["dtype"], info["device"])
