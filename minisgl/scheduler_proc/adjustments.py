@@ -60,6 +60,7 @@ class Adjustments:
     Attributes:
         bias_ids, biases: int32 and float32 [biased tokens].
         repetition_penalty: for the tokens `seen`.
+        presence_penalty, frequency_penalty: for the tokens `generated`, and for each time in `counts`.
     """
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -67,8 +68,8 @@ class Adjustments:
         self.bias_ids = np.fromiter(biases.keys(), np.int32, len(biases))
         self.biases = np.fromiter(biases.values(), np.float32, len(biases))
         self.repetition_penalty = sampling.repetition_penalty
-        self._presence_penalty = sampling.presence_penalty
-        self._frequency_penalty = sampling.frequency_penalty
+        self.presence_penalty = sampling.presence_penalty
+        self.frequency_penalty = sampling.frequency_penalty
         self._repeats = sampling.repetition_penalty != 1.0
         known = np.unique(np.array(prompt, np.int32)) if self._repeats else np.zeros(0, np.int32)
         self._seen_set = set(known.tolist())
@@ -98,13 +99,9 @@ class Adjustments:
         return self._generated[: len(self._places)]
 
     @property
-    def lowered(self) -> npt.NDArray[np.float32]:
-        """By how much the logit of each token in `generated` goes down; float32."""
-        counts = self._counts[: len(self._places)]
-        lowered: npt.NDArray[np.float32] = (
-            np.float32(self._presence_penalty) + np.float32(self._frequency_penalty) * counts
-        )
-        return lowered
+    def counts(self) -> npt.NDArray[np.float32]:
+        """How often each token in `generated` was generated."""
+        return self._counts[: len(self._places)]
 
 
 def has_penalties(sampling: SamplingParams) -> bool:

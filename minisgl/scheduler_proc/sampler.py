@@ -105,23 +105,30 @@ def sampling_columns(rows: Sequence[StepRow], vocab_size: int) -> list[Array]:
 
 def _adjustment_columns(adjusted: Sequence[tuple[int, Adjustments]]) -> list[Array]:
     """`biased` to `lowered` of SamplingBatch, from pairs of row and what is adjusted there."""
-    biased = [_pairs(row, a.bias_ids) for row, a in adjusted]
-    repeated = [_pairs(row, a.seen) for row, a in adjusted]
-    repetition = [np.full(len(a.seen), a.repetition_penalty, np.float32) for _, a in adjusted]
-    generated = [_pairs(row, a.generated) for row, a in adjusted]
-    no_pairs, no_values = np.zeros((2, 0), np.int32), np.zeros(0, np.float32)
+    rows = [row for row, _ in adjusted]
+    every = [adjustments for _, adjustments in adjusted]
+    seen, generated = [a.seen for a in every], [a.generated for a in every]
+    presence = _spread([a.presence_penalty for a in every], generated)
+    frequency = _spread([a.frequency_penalty for a in every], generated)
     return [
-        np.concatenate([no_pairs, *biased], axis=1),
-        np.concatenate([no_values, *(a.biases for _, a in adjusted)]),
-        np.concatenate([no_pairs, *repeated], axis=1),
-        np.concatenate([no_values, *repetition]),
-        np.concatenate([no_pairs, *generated], axis=1),
-        np.concatenate([no_values, *(a.lowered for _, a in adjusted)]),
+        _pairs(rows, [a.bias_ids for a in every]),
+        np.concatenate([np.zeros(0, np.float32), *(a.biases for a in every)]),
+        _pairs(rows, seen),
+        _spread([a.repetition_penalty for a in every], seen),
+        _pairs(rows, generated),
+        presence + frequency * np.concatenate([np.zeros(0, np.float32), *(a.counts for a in every)]),
     ]
 
 
-def _pairs(row: int, token_ids: Array) -> Array:
-    return np.stack((np.full_like(token_ids, row), token_ids))
+def _pairs(rows: Sequence[int], token_ids: Sequence[Array]) -> Array:
+    """int32 [2, all token ids]: each row with each of its token ids."""
+    row_of_each = np.repeat(np.array(rows, np.int32), [len(ids) for ids in token_ids])
+    return np.stack((row_of_each, np.concatenate([np.zeros(0, np.int32), *token_ids])))
+
+
+def _spread(values: Sequence[float], token_ids: Sequence[Array]) -> Array:
+    """float32 [all token ids]: each row's value for each of its token ids."""
+    return np.repeat(np.array(values, np.float32), [len(ids) for ids in token_ids])
 
 
 def _mask_columns(masked: Sequence[tuple[int, StepRow]], vocab_size: int) -> list[Array]:
