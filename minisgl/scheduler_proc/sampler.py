@@ -181,10 +181,25 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, to
     """
     logits = adjust(logits, batch)
     tokens, best = _largest(logits)
+    if logits.is_cuda:
+        _sample_on_cuda(tokens, logits, batch)
+        return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
     for sampled, choose in ((batch.plain_rows, _sample_plain), (batch.filtered_rows, _sample_filtered)):
         for rows in torch.split(sampled, _rows_at_once(logits)) if len(sampled) else ():
             tokens[rows] = choose(logits, batch, rows)
     return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
+
+
+def _sample_on_cuda(tokens: torch.Tensor, logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """Draw the rows that are not greedy, without a sort: sorting all logits takes longer than a decode step."""
+    # Triton comes with torch's CUDA builds alone.
+    from minisgl.scheduler_proc.kernels.sampling import sample_rows
+
+    for rows in (batch.plain_rows, batch.filtered_rows):
+        if len(rows):
+            tokens[rows] = sample_rows(
+                logits, rows, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.draws
+            )
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:

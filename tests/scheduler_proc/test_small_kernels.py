@@ -99,7 +99,7 @@ def test_attention(dtype: torch.dtype, lengths: list[int], norm: bool, window: i
         window=window,
         splits=1,
     )
-    for splits in {2, small_splits(rows, kv_heads, context)}:
+    for splits in {2, small_splits(rows)}:
         attended = rotate_attend(
             qkv.clone(),
             positions,

@@ -68,7 +68,7 @@ def _norm_product(
     return tl.sum(y, axis=0) * tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_linear(
     residual,
     norm_weight,
@@ -100,7 +100,7 @@ def _norm_linear(
     tl.store(place, y.to(output.dtype.element_ty), mask=(row < rows)[None, :] & inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_gate_up(
     residual,
     norm_weight,
@@ -133,7 +133,7 @@ def _norm_gate_up(
     tl.store(place, product, mask=(row < rows)[None, :] & (column < width)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_add(
     x,
     weight,

@@ -21,11 +21,9 @@ _GROUP_BLOCK = tl.constexpr(16)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def small_splits(rows: int, kv_heads: int, longest: int) -> int:
-    """Over how many programs one row's keys are split, a power of two from 2 on."""
-    most = 32 if rows == 1 else 16
-    wanted = max(2, min(most, 128 // (rows * kv_heads), -(-longest // BLOCK)))
-    return 1 << (wanted.bit_length() - 1)
+def small_splits(rows: int) -> int:
+    """Over how many programs one row's keys are split."""
+    return 32 if rows == 1 else 16 if rows <= 4 else 8
 
 
 @triton.jit

@@ -75,7 +75,6 @@ class FusedDecoder:
         self.weights = decoder.weights
         self.pool = pool
         device = pool.layers[0].device
-        self._context_length = context_length
         self._tables = _rotation_tables(decoder.rope, context_length, device)
         self._small_batches = small_batch_kernels_fit(self.config)
         self._pdl = dependent_launch.supported(device)
@@ -121,7 +120,7 @@ class FusedDecoder:
         config, pdl = self.config, self._pdl
         eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
         residual = self._embed(inputs)
-        splits = small_splits(len(residual), config.num_kv_heads, self._context_length)
+        splits = small_splits(len(residual))
         for index, layer in enumerate(self.weights.layers):
             qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
             attended = rotate_attend(
