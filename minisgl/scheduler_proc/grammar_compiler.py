@@ -110,18 +110,26 @@ class GrammarCompiler:
         if server is None or server.closed:
             server = self._local.server = _Server(self._settings)
             self._servers.add(server)
-            if self._closed:
-                server.close()
-            with self._tokenizer_lock:
-                # Takes its time, in which the server starts.
-                if self._own_process:
-                    import_xgrammar_alone()
-                from xgrammar import TokenizerInfo
-
-                described = server.read(START_SECONDS)
-                if self._tokenizer is None:
-                    self._tokenizer = TokenizerInfo.deserialize_json(described)
+            try:
+                self._learn_tokenizer(server)
+            except BaseException:
+                self._drop(server)
+                raise
         return server
+
+    def _learn_tokenizer(self, server: _Server) -> None:
+        """Wait until a server is up; the first one's description of the tokenizer is kept."""
+        with self._tokenizer_lock:
+            if self._closed:
+                raise EOFError
+            # Takes its time, in which the server starts.
+            if self._own_process:
+                import_xgrammar_alone()
+            from xgrammar import TokenizerInfo
+
+            described = server.read(START_SECONDS)
+            if self._tokenizer is None:
+                self._tokenizer = TokenizerInfo.deserialize_json(described)
 
     def _drop(self, server: _Server) -> None:
         server.close()

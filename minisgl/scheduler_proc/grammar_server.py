@@ -141,6 +141,7 @@ class _Compiler:
             if token.special and token_id < settings.vocab_size:
                 texts[token_id] = ""
         kinds = xgrammar.VocabType
+        self._wordpiece = "WordPiece" in decoders
         self._vocab_size = settings.vocab_size
         self._eos_ids = settings.eos_ids
         self._tokenizer = xgrammar.TokenizerInfo(
@@ -153,6 +154,8 @@ class _Compiler:
 
     def compile(self, kind: str, source: str) -> bytes:
         """A grammar in xgrammar's serialized form; raises Unusable, UnsupportedSchema, or what xgrammar raises."""
+        if self._wordpiece:
+            raise Unusable("no grammar can be enforced for this model: its tokenizer is of the WordPiece kind")
         with _Warnings() as warnings:
             compiled = self._compile(kind, source)
         # A warning says which part of the grammar was not taken as it is meant.
