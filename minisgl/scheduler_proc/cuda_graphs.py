@@ -91,6 +91,10 @@ class GraphRunner:
 
     Args:
         pool: holds one page more than the scheduler knows; padding goes there.
+
+    Attributes:
+        last_tokens: int64, what the step before has sampled.
+        last_places: where in it each request's token is.
     """
 
     def __init__(self, model: FusedDecoder, pool: KVPool, max_running: int, context_length: int) -> None:
@@ -126,8 +130,8 @@ class GraphRunner:
             device,
         )
         self._device = device
-        self._last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
-        self._last_places: dict[int, int] = {}
+        self.last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
+        self.last_places: dict[int, int] = {}
         self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._prefill_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
 
@@ -177,10 +181,10 @@ class GraphRunner:
 
     def remember(self, rows: Iterable[StepRow], tokens: torch.Tensor) -> None:
         """Keep what a step has sampled ([rows], int64): the next one may be launched before the host has seen it."""
-        if len(tokens) > len(self._last_tokens):
-            raise ValueError(f"{len(tokens)} tokens were sampled, at most {len(self._last_tokens)} can be kept")
-        self._last_tokens[: len(tokens)].copy_(tokens)
-        self._last_places = {row.request.rid: place for place, row in enumerate(rows)}
+        if len(tokens) > len(self.last_tokens):
+            raise ValueError(f"{len(tokens)} tokens were sampled, at most {len(self.last_tokens)} can be kept")
+        self.last_tokens[: len(tokens)].copy_(tokens)
+        self.last_places = {row.request.rid: place for place, row in enumerate(rows)}
 
     def graph_of(self, plan: StepPlan) -> torch.cuda.CUDAGraph:
         """The graph that runs a plan of decode rows alone, or of chunks that fit one graph (for measuring it)."""
@@ -211,7 +215,7 @@ class GraphRunner:
             if row.start < len(token_ids):
                 input_ids[index] = token_ids[row.start]
             else:
-                sources[index] = self._last_places[row.request.rid]
+                sources[index] = self.last_places[row.request.rid]
         self._decode_block.fill(
             {
                 "table_stride": [stride],
@@ -266,7 +270,7 @@ class GraphRunner:
         return DecodeInputs(
             input_ids=block.view("input_ids", size),
             sources=block.view("sources", size),
-            last_tokens=self._last_tokens,
+            last_tokens=self.last_tokens,
             positions=block.view("positions", size),
             slots=block.view("slots", size),
             lengths=block.view("lengths", size),

@@ -201,9 +201,9 @@ class StepEngine:
             sampling = [row for row in rows if row.sample]
             tokens, finite = step.tokens, step.finite
             if not always_greedy(sampling):
-                columns = sampling_columns(sampling, self._limits.vocab_size)
+                columns = sampling_columns(sampling, self._limits.vocab_size, graphs.last_places)
                 on_device = SamplingBatch(*to_device(columns, self._device))
-                tokens, finite = sample(step.logits[: len(sampling)], on_device)
+                tokens, finite = sample(step.logits[: len(sampling)], on_device, graphs.last_tokens)
             results.append(torch.stack((tokens, finite.long())))
             logprobs.extend(score_rows(rows, step.logits, tokens))
 

@@ -36,8 +36,8 @@ class Request:
         adjustments: its biases and penalties; None when it has none.
         asks_logprobs: whether it wants log probabilities, of its prompt or of its answer.
         prompt_logprobs: log probabilities of the prompt so far, if they are wanted and not sent yet.
-        needs_last_token: whether its next step can be launched only when the host has seen its last token, which masks
-            and penalties depend on.
+        keeps_history: whether `observe` must be told each of its tokens.
+        needs_last_token: whether its next step may be launched only when the host has seen its last token, for a mask.
     """
 
     rid: int
@@ -62,13 +62,15 @@ class Request:
     adjustments: Adjustments | None = field(init=False, default=None)
     prompt_logprobs: Logprobs | None = field(init=False, default=None)
     asks_logprobs: bool = field(init=False)
+    keeps_history: bool = field(init=False)
     needs_last_token: bool = field(init=False)
 
     def __post_init__(self) -> None:
         sampling = self.sampling
         self.greedy = sampling.greedy
         penalties = has_penalties(sampling)
-        self.needs_last_token = penalties or self.token_mask is not None
+        self.needs_last_token = self.token_mask is not None
+        self.keeps_history = penalties or self.needs_last_token
         if penalties or sampling.logit_bias:
             self.adjustments = Adjustments(sampling, self.token_ids, self.max_new_tokens)
         self.takes_likeliest = self.greedy and self.adjustments is None and self.token_mask is None
@@ -111,7 +113,7 @@ class Request:
         return part
 
     def observe(self, token_id: int) -> None:
-        """Tell what depends on the last token of the newest one; only needed with `needs_last_token`."""
+        """Tell what depends on the tokens so far of the newest one; only needed with `keeps_history`."""
         if self.adjustments is not None:
             self.adjustments.add(token_id)
         if self.token_mask is not None:

@@ -9,7 +9,7 @@ runs beside it, after a preemption, and on any replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +44,9 @@ class SamplingBatch:
         biased, biases: int32 [2, biases] and float32 [biases], what is added to which row's and token's logit.
         repeated, repetition: likewise, the repetition penalty of each token seen before.
         generated, lowered: likewise, what is subtracted for each generated token.
+        unseen: int32 [2, unseen], rows with penalties whose last token the host has not seen yet, and where it is in
+            the tokens of the step before.
+        unseen_penalties: float32 [3, unseen], their repetition, presence and frequency penalty.
         masked_rows, masks: int32 [masked] and [masked, ceil(vocab / 32)], rows and the tokens that may come there: bit
             i % 32 of word i // 32 for token i.
     """
@@ -62,6 +65,8 @@ class SamplingBatch:
     repetition: torch.Tensor
     generated: torch.Tensor
     lowered: torch.Tensor
+    unseen: torch.Tensor
+    unseen_penalties: torch.Tensor
     masked_rows: torch.Tensor
     masks: torch.Tensor
 
@@ -76,8 +81,15 @@ def _bans(row: StepRow) -> bool:
     return row.start + row.length < row.request.earliest_stop
 
 
-def sampling_columns(rows: Sequence[StepRow], vocab_size: int) -> list[Array]:
-    """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device."""
+def sampling_columns(
+    rows: Sequence[StepRow], vocab_size: int, last_places: Mapping[int, int] | None = None
+) -> list[Array]:
+    """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device.
+
+    Args:
+        last_places: by request id, where the step before has left tokens that the host has not seen; None if it has
+            seen all.
+    """
     requests = [row.request for row in rows]
     params = [request.sampling for request in requests]
     positions = [row.start + row.length for row in rows]
@@ -99,6 +111,7 @@ def sampling_columns(rows: Sequence[StepRow], vocab_size: int) -> list[Array]:
         np.array([p.top_k if p.top_k > 0 else 2**31 - 1 for p in params], np.int32),
         np.array(banned, np.int32).reshape(-1, 2).T.copy(),
         *_adjustment_columns([(index, r.adjustments) for index, r in enumerate(requests) if r.adjustments is not None]),
+        *_unseen_columns(rows, last_places),
         *_mask_columns([(index, row) for index, row in enumerate(rows) if row.request.token_mask], vocab_size),
     ]
 
@@ -117,6 +130,28 @@ def _adjustment_columns(adjusted: Sequence[tuple[int, Adjustments]]) -> list[Arr
         _spread([a.repetition_penalty for a in every], seen),
         _pairs(rows, generated),
         presence + frequency * np.concatenate([np.zeros(0, np.float32), *(a.counts for a in every)]),
+    ]
+
+
+def _unseen_columns(rows: Sequence[StepRow], last_places: Mapping[int, int] | None) -> list[Array]:
+    """`unseen` and `unseen_penalties` of SamplingBatch."""
+    places: list[tuple[int, int]] = []
+    penalties: list[tuple[float, float, float]] = []
+    for index, row in enumerate(rows):
+        request = row.request
+        # The row's input is the token before the one it samples.
+        if (
+            last_places
+            and request.adjustments is not None
+            and request.keeps_history
+            and row.start >= len(request.token_ids)
+        ):
+            places.append((index, last_places[request.rid]))
+            params = request.sampling
+            penalties.append((params.repetition_penalty, params.presence_penalty, params.frequency_penalty))
+    return [
+        np.array(places, np.int32).reshape(-1, 2).T.copy(),
+        np.array(penalties, np.float32).reshape(-1, 3).T.copy(),
     ]
 
 
@@ -168,18 +203,21 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a token for every row.
 
     NaN counts as the least likely logit and infinities as the largest finite numbers, so that any logits give a token.
 
     Args:
         logits: [rows, vocab], any float dtype.
+        last_tokens: int64, the tokens of the step before; needed where `batch.unseen` has rows.
 
     Returns:
         Token ids int64 [rows], each in 0 .. vocab - 1, and bool [rows]: whether the row's largest logit was finite.
     """
-    logits = adjust(logits, batch)
+    logits = adjust(logits, batch, last_tokens)
     tokens, best = _largest(logits)
     if logits.is_cuda:
         _sample_on_cuda(tokens, logits, batch)
@@ -207,14 +245,15 @@ def _rows_at_once(logits: torch.Tensor) -> int:
     return 4 if logits.device.type == "cpu" else 64
 
 
-def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+def adjust(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Float32 logits after biases, penalties, bans and masks; `logits` itself where there are none.
 
     The repetition penalty is that of Keskar et al. 2019, "CTRL", as transformers has it: positive logits are divided by
     it and negative ones multiplied.
     """
     biased, repeated, generated, banned = batch.biased, batch.repeated, batch.generated, batch.banned
-    if not (biased.numel() or repeated.numel() or generated.numel() or banned.numel() or batch.masks.numel()):
+    adjusted = (biased, repeated, generated, banned, batch.masks, batch.unseen)
+    if not any(column.numel() for column in adjusted):
         return logits
     # A small bias would be lost in bfloat16; and log probabilities are taken of the model's own logits later.
     logits = logits.to(torch.float32, copy=True)
@@ -222,6 +261,8 @@ def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     repeats = logits[repeated[0], repeated[1]]
     logits[repeated[0], repeated[1]] = torch.where(repeats > 0, repeats / batch.repetition, repeats * batch.repetition)
     logits[generated[0], generated[1]] -= batch.lowered
+    if last_tokens is not None and batch.unseen.numel():
+        _penalise_unseen(logits, batch, last_tokens)
     logits[banned[0], banned[1]] = float("-inf")
     at_once = _rows_at_once(logits)
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
@@ -229,6 +270,29 @@ def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         allowed = (masks.view(torch.uint8)[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]]
         logits[rows] = logits[rows].masked_fill_(allowed == 0, float("-inf"))
     return logits
+
+
+def _penalise_unseen(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor) -> None:
+    """Do for tokens that only the device knows what the columns have done for all before them; in place."""
+    rows, places = batch.unseen
+    repetition, presence, frequency = batch.unseen_penalties
+    tokens = last_tokens[places]
+    token_of_row = torch.full((len(logits),), -1, dtype=tokens.dtype, device=logits.device)
+    token_of_row[rows] = tokens
+
+    def is_new(pairs: torch.Tensor) -> torch.Tensor:
+        """Whether the token of each of `rows` is not among its row's pairs."""
+        known = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+        known.index_add_(0, pairs[0], (token_of_row[pairs[0]] == pairs[1]).int())
+        return known[rows] == 0
+
+    before = logits[rows, tokens]
+    repeated = torch.where(before > 0, before / repetition, before * repetition)
+    logits[rows, tokens] = (
+        torch.where(is_new(batch.repeated), repeated, before)
+        - frequency
+        - torch.where(is_new(batch.generated), presence, 0.0)
+    )
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -216,7 +216,7 @@ class Scheduler:
             if request.finish:
                 continue
             request.token_ids.append(token)
-            if request.needs_last_token:
+            if request.keeps_history:
                 request.observe(token)
                 if request.token_mask and request.token_mask.problem:
                     self._take_out(request)

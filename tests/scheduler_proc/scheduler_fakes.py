@@ -62,6 +62,7 @@ class _LaunchedRow:
     min_new_tokens: int
     stop_ids: frozenset[int]
     penalised: frozenset[int]
+    seen: int
     request: Request
     scored: range
 
@@ -122,6 +123,7 @@ class FakeEngine:
                     request.sampling.min_new_tokens,
                     request.stop_ids,
                     frozenset(request.adjustments.generated.tolist() if request.adjustments else ()),
+                    len(request.token_ids),
                     request,
                     scored_positions(row),
                 )
@@ -144,7 +146,10 @@ class FakeEngine:
                 end = row.start + len(tokens)
                 known = [self._memory[row.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
                 banned = row.stop_ids if end - row.prompt_len < row.min_new_tokens else frozenset[int]()
-                self._last_sampled[row.rid] = next_token(known, banned | row.penalised)
+                if row.request.sampling.presence_penalty:
+                    # What the host had not seen at launch is penalised on the device.
+                    banned |= row.penalised | frozenset(known[row.seen :])
+                self._last_sampled[row.rid] = next_token(known, banned)
                 sampled.append(self._last_sampled[row.rid])
         return sampled
 

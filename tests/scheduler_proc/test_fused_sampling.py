@@ -46,6 +46,7 @@ WISHES: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"logprobs": 2, "prompt_logprobs_from": 0, "temperature": 0.0},
     {"logprobs": 0, "presence_penalty": 2.0, "temperature": 0.7, "seed": 4},
+    {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "temperature": 0.0},
 ]
 
 
@@ -96,7 +97,7 @@ def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, tmp
     expected_tokens, expected = serve(plain)
     tokens, found = serve(fused)
     assert tokens == expected_tokens
-    assert [len(parts) for parts in found.values()] == [0, 6, 5]
+    assert [len(parts) for parts in found.values()] == [0, 6, 5, 0]
     assert found[1][0].of_prompt and len(found[1][0].values) == 12
     for rid in found:
         for ours, theirs in zip(found[rid], expected[rid], strict=True):

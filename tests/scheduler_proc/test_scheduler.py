@@ -340,23 +340,6 @@ def run(scheduler: Scheduler, engine: FakeEngine, message: TokenizedRequest) -> 
     return run_out(scheduler, engine)[message.rid][0]
 
 
-def test_who_needs_the_last_token_waits_for_it_while_others_run_ahead() -> None:
-    scheduler, engine = make_scheduler()
-    scheduler.submit(tokenized(1, [5], **ENDLESS))
-    scheduler.submit(tokenized(2, [6], presence_penalty=1.0, **ENDLESS))
-    in_flight = []
-    planned = []
-    for _ in range(5):
-        plan = scheduler.plan()
-        assert plan is not None
-        planned.append([row.request.rid for row in plan.rows])
-        in_flight.append((plan, engine.launch(plan)))
-        if len(in_flight) > 1:
-            plan, launched = in_flight.pop(0)
-            scheduler.retire(plan, engine.retire(launched))
-    assert planned == [[1, 2], [1], [1, 2], [1], [1, 2]]
-
-
 class FakeMask:
     """A TokenMask that the fake engine does not heed."""
 
@@ -371,6 +354,23 @@ class FakeMask:
 
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
+
+
+def test_who_needs_the_last_token_waits_for_it_while_others_run_ahead() -> None:
+    scheduler, engine = make_scheduler()
+    scheduler.submit(tokenized(1, [5], **ENDLESS))
+    scheduler.submit(tokenized(2, [6], grammar=Grammar("json_object", ""), **ENDLESS), FakeMask())
+    in_flight = []
+    planned = []
+    for _ in range(5):
+        plan = scheduler.plan()
+        assert plan is not None
+        planned.append([row.request.rid for row in plan.rows])
+        in_flight.append((plan, engine.launch(plan)))
+        if len(in_flight) > 1:
+            plan, launched = in_flight.pop(0)
+            scheduler.retire(plan, engine.retire(launched))
+    assert planned == [[1, 2], [1], [1, 2], [1], [1, 2]]
 
 
 def test_a_token_mask_sees_every_token_once() -> None:
