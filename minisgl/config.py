@@ -169,8 +169,8 @@ class ServerConfig:
     max_queued_requests: int = _flag(2048, "requests accepted and not finished; past it clients get 503")
     chunked_prefill_size: int | None = _flag(
         None,
-        "prompt tokens computed per step at most (default: 8192 on CUDA, else 512, and on CPUs beside running streams "
-        "as many as double their step time)",
+        "prompt tokens computed per step at most (default: 8192 on CUDA, else 512; fewer of a long prompt beside "
+        "running streams: at most 512 on CUDA, on CPUs as many as double their step time)",
     )
     disable_radix_cache: bool = _flag(False, "do not reuse the keys and values of prompt prefixes seen before")
     attention_backend: str = _flag(

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 GRAMMAR_WAIT_SECONDS = 0.005
 """How long a step without anything to compute waits for a grammar; new requests wait meanwhile."""
 
+FINE_CHUNK = 512
+"""Tokens of a long prompt computed beside running streams on CUDA: less than two of their steps for a small model."""
+
 
 class StepRunner(Protocol):
     """What the core needs of an engine; engine.StepEngine is the real one."""
@@ -77,7 +80,7 @@ class ReplicaCore:
         )
         cache = None if config.disable_radix_cache else PrefixCache(engine.page_size)
         self.scheduler = Scheduler(self.limits, KvPages(engine.num_pages, engine.page_size), cache)
-        # A GPU computes prompts so fast that cutting them finer would cost more than the streams gain.
+        # A GPU needs a millisecond for any chunk, however small, so there the chunks' lengths are fixed: FINE_CHUNK.
         paced = config.chunked_prefill_size is None and engine.device_name.startswith("cpu")
         self._pacer = PromptPacer() if paced else None
         self._replica = replica
@@ -231,6 +234,7 @@ def scheduler_limits(config: ServerConfig, model: ModelSpec, device_name: str) -
         step_tokens=config.chunked_prefill_size or (8192 if on_cuda else 512),
         eos_ids=frozenset(token_id for token_id in model.eos_token_ids if token_id < model.vocab_size),
         vocab_size=model.vocab_size,
+        fine_chunk=FINE_CHUNK if on_cuda and config.chunked_prefill_size is None else None,
     )
 
 

@@ -29,6 +29,10 @@ MAX_PROMPT_LOGPROBS = 2**20
 """Log probabilities of one prompt at most: they travel in one message."""
 
 
+FINE_POSITIONS = 4096
+"""At this position a chunk beside decoding rows is half as long as at the start."""
+
+
 @dataclass(frozen=True)
 class SchedulerLimits:
     """What bounds the scheduler.
@@ -39,6 +43,8 @@ class SchedulerLimits:
         step_tokens: tokens computed per step at most, as far as decode rows leave room for prompts.
         eos_ids: token ids that end an answer.
         vocab_size: token ids are below this.
+        fine_chunk: where requests decode, a longer prompt is cut into chunks of so many tokens; None cuts no finer
+            than step_tokens. Later chunks are shorter, since each of their tokens sees more positions.
     """
 
     context_length: int
@@ -46,6 +52,7 @@ class SchedulerLimits:
     step_tokens: int
     eos_ids: frozenset[int]
     vocab_size: int
+    fine_chunk: int | None = None
 
     def stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         """The token ids that end a request's answer."""
@@ -304,15 +311,20 @@ class Scheduler:
 
     def _plan_prompts(self, rows: list[StepRow], budget: int) -> None:
         """Add prompt chunks of at most `budget` tokens together, admitting waiting requests as far as that goes."""
+        decoding = bool(rows)
         # Prompts fill up in order, so only the newest running request can be in the middle of its prompt.
         if self._running and self._running[-1].computed + 1 < len(self._running[-1].token_ids):
-            budget = self._plan_chunk(rows, self._running[-1], budget)
+            budget = self._plan_chunk(rows, self._running[-1], budget, decoding)
         while budget > 0 and self._waiting and self._admit(self._waiting[0]):
-            budget = self._plan_chunk(rows, self._running[-1], budget)
+            budget = self._plan_chunk(rows, self._running[-1], budget, decoding)
 
-    def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int) -> int:
+    def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int, decoding: bool) -> int:
         """Add the next chunk of a prompt that is not computed to its end; what it leaves of the budget."""
         start, known = request.computed, len(request.token_ids)
+        if decoding and self.limits.fine_chunk is not None:
+            finest = self.limits.fine_chunk * FINE_POSITIONS // (FINE_POSITIONS + start)
+            if known - start > finest:
+                budget = min(budget, max(finest, self._least_prefill))
         if request.prompt_logprobs is not None:
             # Also bounds the chunks that follow, so that all together stay below the limit.
             budget = min(budget, max(request.first_scored - start, 0) + SCORED_TOKENS)

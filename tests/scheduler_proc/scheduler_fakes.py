@@ -176,8 +176,9 @@ def make_scheduler(
     max_running: int = 8,
     step_tokens: int = 16,
     caches: bool = False,
+    fine_chunk: int | None = None,
 ) -> tuple[Scheduler, FakeEngine]:
-    limits = SchedulerLimits(context_length, max_running, step_tokens, frozenset({EOS}), VOCAB_SIZE)
+    limits = SchedulerLimits(context_length, max_running, step_tokens, frozenset({EOS}), VOCAB_SIZE, fine_chunk)
     cache = PrefixCache(page_size) if caches else None
     return Scheduler(limits, KvPages(num_pages, page_size), cache), FakeEngine(num_pages, page_size)
 

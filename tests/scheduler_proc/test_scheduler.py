@@ -426,3 +426,21 @@ def test_a_bias_for_a_token_that_is_none_is_refused() -> None:
     assert (
         refusal is not None and refusal.status == 400 and f"logit_bias names token id {VOCAB_SIZE}" in refusal.message
     )
+
+
+def test_a_long_prompt_is_cut_finer_beside_decoding_rows() -> None:
+    scheduler, engine = make_scheduler(num_pages=40, context_length=150, step_tokens=64, fine_chunk=20)
+    scheduler.submit(tokenized(1, [5], **ENDLESS))
+    scheduler.submit(tokenized(2, list(range(7, 17)) * 2, **ENDLESS))
+    scheduler.submit(tokenized(3, [6] * 70, **ENDLESS))
+    lengths = []
+    for _ in range(7):
+        plan = scheduler.plan()
+        assert plan is not None
+        lengths.append({row.request.rid: row.length for row in plan.rows})
+        scheduler.retire(plan, engine.retire(engine.launch(plan)))
+    # Nothing decodes at first; then 20 tokens a step, and the rest.
+    assert lengths[0] == {1: 1, 2: 20, 3: 43}
+    assert lengths[1] == {1: 1, 2: 1, 3: 19}
+    assert lengths[2] == {1: 1, 2: 1, 3: 8}
+    assert lengths[3] == {1: 1, 2: 1, 3: 1}

@@ -43,12 +43,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         step_tokens=st.sampled_from([1, 3, 8, 30]),
         depth=st.integers(0, 2),
         caches=st.booleans(),
+        fine_chunk=st.sampled_from([None, 2]),
     )
     def start(
-        self, num_pages: int, page_size: int, max_running: int, step_tokens: int, depth: int, caches: bool
+        self,
+        num_pages: int,
+        page_size: int,
+        max_running: int,
+        step_tokens: int,
+        depth: int,
+        caches: bool,
+        fine_chunk: int | None,
     ) -> None:
         self.scheduler, self.engine = make_scheduler(
-            num_pages, page_size, CONTEXT_LENGTH, max_running, step_tokens, caches
+            num_pages, page_size, CONTEXT_LENGTH, max_running, step_tokens, caches, fine_chunk
         )
         self.capacity = min(num_pages * page_size, CONTEXT_LENGTH)
         self.depth = depth
