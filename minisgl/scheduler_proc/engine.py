@@ -160,8 +160,6 @@ class StepEngine:
             ([(tokens, 1)], 1),
         ):
             self.retire(self.launch(_trial_plan(rows, decode_rows, pages)))
-        # Without a bias the logits keep their type, for which CUDA has another sampling kernel.
-        self.retire(self.launch(_trial_plan([(tokens, 1)], 1, pages, logit_bias=())))
 
     def peak_memory_of_largest_step(self) -> int:
         """CUDA memory in bytes that a step takes beside weights and KV, by running one on the pool's first pages."""
@@ -266,14 +264,9 @@ def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRu
     return GraphRunner(fused, pool, limits.max_running, limits.context_length)
 
 
-def _trial_plan(
-    rows: list[tuple[int, int]],
-    decode_rows: int,
-    pages: list[int],
-    logit_bias: tuple[tuple[int, float], ...] = ((0, 1.0),),
-) -> StepPlan:
+def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:
     """A step that computes (start, length) rows, all on the same pages; every row samples in the most costly way."""
     longest = max(start + length for start, length in rows)
-    sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, seed=0, logit_bias=logit_bias)
+    sampling = SamplingParams(temperature=1.0, top_k=1000, top_p=0.9, min_p=0.01, seed=0, logit_bias=((0, 1.0),))
     request = Request(0, [0] * longest, longest, sampling, 1, frozenset(), [], pages=pages)
     return StepPlan(0, [StepRow(request, start, length, True) for start, length in rows], decode_rows)

@@ -22,8 +22,8 @@ from minisgl.scheduler_proc.adjustments import Adjustments, withdraw
 from minisgl.scheduler_proc.models.forward_batch import Array
 from minisgl.scheduler_proc.request import StepRow
 
-CPU_CANDIDATES = 512
-"""How many of the likeliest tokens a CPU sorts before it sorts all."""
+CANDIDATES = 512
+"""How many of the likeliest tokens are sorted where that is enough, or, on a CPU, before all are."""
 BLOCK = 512
 """Largest number of neighbouring tokens that are summed or compared as one; it divides the vocabulary."""
 
@@ -36,7 +36,8 @@ class SamplingBatch:
 
     Attributes:
         plain_rows: rows that draw from the whole distribution, int32 [plain].
-        filtered_rows: rows with top-k, top-p or min-p, int32 [filtered]. All others are greedy.
+        few_rows: rows with a top-k of at most CANDIDATES, int32 [few].
+        filtered_rows: other rows with top-k, top-p or min-p, int32 [filtered]. All others are greedy.
         draws: int32 [rows], 31 random bits each.
         temperatures, top_ps, min_ps: float32 [rows].
         top_ks: int32 [rows]; the vocabulary's size or more keeps all.
@@ -52,6 +53,7 @@ class SamplingBatch:
     """
 
     plain_rows: torch.Tensor
+    few_rows: torch.Tensor
     filtered_rows: torch.Tensor
     draws: torch.Tensor
     temperatures: torch.Tensor
@@ -95,6 +97,7 @@ def sampling_columns(
     positions = [row.start + row.length for row in rows]
     seeds = [p.seed if p.seed is not None else request.rid for p, request in zip(params, requests, strict=True)]
     drawn = [index for index, request in enumerate(requests) if not request.greedy]
+    few = {index for index in drawn if 0 < params[index].top_k <= CANDIDATES}
     banned = [
         (index, token_id)
         for index, row in enumerate(rows)
@@ -103,7 +106,8 @@ def sampling_columns(
     ]
     return [
         np.array([index for index in drawn if not _filters(params[index])], np.int32),
-        np.array([index for index in drawn if _filters(params[index])], np.int32),
+        np.array(sorted(few), np.int32),
+        np.array([index for index in drawn if _filters(params[index]) and index not in few], np.int32),
         random_bits(seeds, positions),
         np.array([p.temperature for p in params], np.float32),
         np.array([p.top_p for p in params], np.float32),
@@ -219,25 +223,15 @@ def sample(
     """
     logits = adjust(logits, batch, last_tokens)
     tokens, best = _largest(logits)
-    if logits.is_cuda:
-        _sample_on_cuda(tokens, logits, batch)
-        return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
-    for sampled, choose in ((batch.plain_rows, _sample_plain), (batch.filtered_rows, _sample_filtered)):
+    kinds = (
+        (batch.plain_rows, _sample_plain),
+        (batch.few_rows, _sample_few),
+        (batch.filtered_rows, _sample_filtered),
+    )
+    for sampled, choose in kinds:
         for rows in torch.split(sampled, _rows_at_once(logits)) if len(sampled) else ():
             tokens[rows] = choose(logits, batch, rows)
     return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
-
-
-def _sample_on_cuda(tokens: torch.Tensor, logits: torch.Tensor, batch: SamplingBatch) -> None:
-    """Draw the rows that are not greedy, without a sort: sorting all logits takes longer than a decode step."""
-    # Triton comes with torch's CUDA builds alone.
-    from minisgl.scheduler_proc.kernels.sampling import sample_rows
-
-    for rows in (batch.plain_rows, batch.filtered_rows):
-        if len(rows):
-            tokens[rows] = sample_rows(
-                logits, rows, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.draws
-            )
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:
@@ -311,20 +305,25 @@ def _sample_plain(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor
     return _draw(*_weights_and_draws(logits, batch, rows))
 
 
+def _sample_few(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor) -> torch.Tensor:
+    weights, draws = _weights_and_draws(logits, batch, rows)
+    ranked, order = weights.topk(min(CANDIDATES, weights.shape[1]), dim=-1)
+    return _draw_ranked(ranked, order, _filters_of(batch, rows, weights), draws)
+
+
 def _sample_filtered(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor) -> torch.Tensor:
     weights, draws = _weights_and_draws(logits, batch, rows)
-    total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
-    filters = Filters(batch.top_ks[rows, None], batch.top_ps[rows, None], batch.min_ps[rows, None], total)
+    filters = _filters_of(batch, rows, weights)
     vocab_size = weights.shape[1]
     if logits.device.type != "cpu":
         ranked, order = weights.sort(dim=-1, descending=True, stable=True)
         return _draw_ranked(ranked, order, filters, draws)
-    ranked, order = weights.topk(min(CPU_CANDIDATES, vocab_size), dim=-1)
+    ranked, order = weights.topk(min(CANDIDATES, vocab_size), dim=-1)
     tokens = _draw_ranked(ranked, order, filters, draws)
     # A row is right if nothing that its filters would keep lies outside the candidates.
     top_p_inside = ranked.sum(dim=-1, keepdim=True) >= filters.top_p * filters.total
     min_p_inside = ranked[:, -1:] < filters.min_p * ranked[:, :1]
-    enough = (filters.top_k <= CPU_CANDIDATES) | ((filters.top_k >= vocab_size) & (top_p_inside | min_p_inside))
+    enough = (filters.top_k >= vocab_size) & (top_p_inside | min_p_inside)
     (short,) = torch.nonzero(~enough.squeeze(-1), as_tuple=True)
     if len(short):
         # numpy sorts with vector instructions, torch does not: 4 ms a row instead of 22 at 152,000 tokens.
@@ -341,6 +340,11 @@ class Filters(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     total: torch.Tensor
+
+
+def _filters_of(batch: SamplingBatch, rows: torch.Tensor, weights: torch.Tensor) -> Filters:
+    total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
+    return Filters(batch.top_ks[rows, None], batch.top_ps[rows, None], batch.min_ps[rows, None], total)
 
 
 def _draw_ranked(ranked: torch.Tensor, order: torch.Tensor, filters: Filters, draws: torch.Tensor) -> torch.Tensor:

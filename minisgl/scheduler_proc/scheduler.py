@@ -29,10 +29,6 @@ MAX_PROMPT_LOGPROBS = 2**20
 """Log probabilities of one prompt at most: they travel in one message."""
 
 
-FINE_POSITIONS = 4096
-"""At this position a chunk beside decoding rows is half as long as at the start."""
-
-
 @dataclass(frozen=True)
 class SchedulerLimits:
     """What bounds the scheduler.
@@ -44,7 +40,7 @@ class SchedulerLimits:
         eos_ids: token ids that end an answer.
         vocab_size: token ids are below this.
         fine_chunk: where requests decode, a longer prompt is cut into chunks of so many tokens; None cuts no finer
-            than step_tokens. Later chunks are shorter, since each of their tokens sees more positions.
+            than step_tokens.
     """
 
     context_length: int
@@ -321,10 +317,9 @@ class Scheduler:
     def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int, decoding: bool) -> int:
         """Add the next chunk of a prompt that is not computed to its end; what it leaves of the budget."""
         start, known = request.computed, len(request.token_ids)
-        if decoding and self.limits.fine_chunk is not None:
-            finest = self.limits.fine_chunk * FINE_POSITIONS // (FINE_POSITIONS + start)
-            if known - start > finest:
-                budget = min(budget, max(finest, self._least_prefill))
+        fine = self.limits.fine_chunk
+        if decoding and fine is not None and known - start > fine:
+            budget = min(budget, max(fine, self._least_prefill))
         if request.prompt_logprobs is not None:
             # Also bounds the chunks that follow, so that all together stay below the limit.
             budget = min(budget, max(request.first_scored - start, 0) + SCORED_TOKENS)

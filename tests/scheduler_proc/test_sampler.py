@@ -15,7 +15,7 @@ from minisgl.scheduler_proc.adjustments import TokenMask
 from minisgl.scheduler_proc.models.forward_batch import to_device
 from minisgl.scheduler_proc.request import Request, StepRow
 from minisgl.scheduler_proc.sampler import (
-    CPU_CANDIDATES,
+    CANDIDATES,
     SamplingBatch,
     adjust,
     always_greedy,
@@ -142,18 +142,18 @@ def test_greedy_rows_take_the_largest_whatever_the_filters() -> None:
 
 def test_filters_beyond_the_sorted_candidates_are_exact() -> None:
     """A flat distribution over a large vocabulary needs more tokens than a CPU sorts at first."""
-    vocab_size = 4 * CPU_CANDIDATES
+    vocab_size = 4 * CANDIDATES
     logits = torch.linspace(0.1, 0.0, vocab_size)[
         torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
     ]
-    for fields in ({"top_p": 0.5}, {"top_k": 2 * CPU_CANDIDATES}, {"min_p": 0.97}, {"top_k": 3000, "top_p": 0.9}):
+    for fields in ({"top_p": 0.5}, {"top_k": 2 * CANDIDATES}, {"min_p": 0.97}, {"top_k": 3000, "top_p": 0.9}):
         params = SamplingParams(seed=1, **fields)
         allowed = filtered(params, logits)
         tokens = draws_at(logits, params, 1000)
         assert all(allowed[token] > 0 for token in tokens)
         # In quarters of the kept tokens by rank, the counts fit.
         ranked = sorted((token for token in range(vocab_size) if allowed[token]), key=lambda token: -allowed[token])
-        assert len(ranked) > CPU_CANDIDATES and set(ranked[CPU_CANDIDATES:]) & set(tokens)
+        assert len(ranked) > CANDIDATES and set(ranked[CANDIDATES:]) & set(tokens)
         part = {token: min(3, 4 * place // len(ranked)) for place, token in enumerate(ranked)}
         masses = [sum(allowed[token] for token in ranked if part[token] == quarter) for quarter in range(4)]
         assert chi_square_is_plausible([part[token] for token in tokens], masses)

@@ -441,6 +441,6 @@ def test_a_long_prompt_is_cut_finer_beside_decoding_rows() -> None:
         scheduler.retire(plan, engine.retire(engine.launch(plan)))
     # Nothing decodes at first; then 20 tokens a step, and the rest.
     assert lengths[0] == {1: 1, 2: 20, 3: 43}
-    assert lengths[1] == {1: 1, 2: 1, 3: 19}
-    assert lengths[2] == {1: 1, 2: 1, 3: 8}
+    assert lengths[1] == {1: 1, 2: 1, 3: 20}
+    assert lengths[2] == {1: 1, 2: 1, 3: 7}
     assert lengths[3] == {1: 1, 2: 1, 3: 1}
