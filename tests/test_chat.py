@@ -172,6 +172,8 @@ class PseudoTerminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+            # Whoever runs the tests in the background has it ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execv(MINISGL[0], [*MINISGL, *arguments])
 
     def type(self, text: str) -> None:

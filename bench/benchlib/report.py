@@ -68,9 +68,12 @@ class Report:
         return cls(cells=cells, **value)
 
     def write(self, folder: Path, name: str) -> None:
+        """Replace NAME.json and NAME.md; a run that is cut short in the middle of this leaves the ones before."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(self.to_json())
-        (folder / f"{name}.md").write_text(self.markdown())
+        for kind, text in (("json", self.to_json()), ("md", self.markdown())):
+            unfinished = folder / f".{name}.{kind}"
+            unfinished.write_text(text)
+            unfinished.replace(folder / f"{name}.{kind}")
 
     def markdown(self) -> str:
         parts = [f"# {self.title}", "", *self._warning(), *self._facts(), ""]

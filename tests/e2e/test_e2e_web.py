@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from real_server import RealServer, starting, until
+from real_server import RealServer, ask, starting, until
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install selenium)")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -300,8 +301,11 @@ def test_the_way_of_the_last_request_is_drawn(page: Page) -> None:
     assert all(before[1] <= after[0] + 3 for before, after in itertools.pairwise(bars)), bars
 
 
-def test_the_servers_figures_are_live(page: Page) -> None:
-    page.send(STORY)
+def test_the_servers_figures_are_live(page: Page, server: RealServer) -> None:
+    # Long enough to be seen: a story is told within one update of the figures.
+    body = {"prompt": "Once", "max_new_tokens": 1000, "ignore_eos": True, "stream": False}
+    asking = threading.Thread(target=ask, args=(server.url, body))
+    asking.start()
     until(lambda: page.text("#running") == "1", 10)
     until(lambda: float(page.text("#throughput")) > 0, 10)
     assert re.match(r"[\d.]+K? used, [\d.]+K? cached of 262\.1K$", page.text("#kv-text"))
@@ -311,6 +315,7 @@ def test_the_servers_figures_are_live(page: Page) -> None:
         "scheduler-0",
         "tokenizer-0",
     ]
+    asking.join(30)
     until(lambda: page.text("#running") == "0", 20)
 
 
