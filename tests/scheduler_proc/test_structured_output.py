@@ -128,7 +128,7 @@ def test_json_object_and_structural_tag(engine: Engine) -> None:
     }
     asked = [
         {"grammar": Grammar("json_object", ""), "temperature": 1.0, "seed": 3, "max_new_tokens": 200},
-        {"grammar": Grammar("structural_tag", json.dumps(tag)), "temperature": 1.0, "max_new_tokens": 120},
+        {"grammar": Grammar("structural_tag", json.dumps(tag)), "temperature": 1.0, "seed": 3, "max_new_tokens": 120},
     ]
     plain, tagged = answer_all(engine, asked)
     assert plain.finish_reason == tagged.finish_reason == "stop"
