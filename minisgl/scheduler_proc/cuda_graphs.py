@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
-from minisgl.scheduler_proc.kernels.paged_attention import PREFILL_BLOCK_M, decode_splits, prefill_blocks
+from minisgl.scheduler_proc.kernels.paged_attention import decode_splits
+from minisgl.scheduler_proc.kernels.prefill_attention import TABLE_FIELDS
 from minisgl.scheduler_proc.models.forward_batch import Array, to_device
 from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecoder, PrefillInputs
 from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
@@ -124,7 +125,7 @@ class GraphRunner:
                 "positions": most_tokens,
                 "slots": most_tokens,
                 "sampled": most_rows,
-                "blocks": 4 * _most_blocks(most_tokens, most_rows),
+                "tiles": TABLE_FIELDS * model.tiles.most(most_tokens, most_rows),
                 "page_table": most_rows * row_pages,
             },
             device,
@@ -279,8 +280,8 @@ class GraphRunner:
             splits=decode_splits(size, self._model.config.num_kv_heads, self._context_length),
         )
 
-    def _prefill_columns(self, rows: list[StepRow], tokens: int, sampling: int, blocks: int) -> dict[str, Array]:
-        """The input arrays of some chunks, padded to `tokens`, `sampling` logits and `blocks` blocks."""
+    def _prefill_columns(self, rows: list[StepRow], tokens: int, sampling: int, tiles: int) -> dict[str, Array]:
+        """The input arrays of some chunks, padded to `tokens`, `sampling` logits and `tiles` tiles."""
         page_size = self._page_size
         columns: list[list[Array]] = [[np.zeros(0, np.int32)] for _ in range(4)]
         input_ids, positions, slots, table = columns
@@ -303,19 +304,19 @@ class GraphRunner:
             if row.sample:
                 sampled.append(token - 1)
         sampled += scored
-        block_table = prefill_blocks(places)
         padding = tokens - token
         return {
             "input_ids": np.pad(np.concatenate(input_ids), (0, padding)),
             "positions": np.pad(np.concatenate(positions), (0, padding)),
             "slots": np.pad(np.concatenate(slots), (0, padding), constant_values=self._padding_slot),
             "sampled": np.array(sampled + [0] * (sampling - len(sampled)), np.int32),
-            "blocks": np.array(block_table + [0] * (4 * blocks - len(block_table)), np.int32),
+            "tiles": np.array(self._model.tiles.table(places, tiles), np.int32),
             "page_table": np.concatenate(table),
         }
 
     def _fill_prefill(self, rows: list[StepRow], tokens: int, most_rows: int) -> None:
-        self._prefill_block.fill(self._prefill_columns(rows, tokens, most_rows, _most_blocks(tokens, most_rows)))
+        tiles = self._model.tiles.most(tokens, most_rows)
+        self._prefill_block.fill(self._prefill_columns(rows, tokens, most_rows, tiles))
 
     def _prefill_inputs(self, tokens: int, rows: int) -> PrefillInputs:
         block = self._prefill_block
@@ -325,21 +326,16 @@ class GraphRunner:
             positions=block.view("positions", tokens),
             slots=block.view("slots", tokens),
             sampled=block.view("sampled", rows),
-            blocks=block.view("blocks", 4 * _most_blocks(tokens, rows)),
+            tiles=block.view("tiles", TABLE_FIELDS * self._model.tiles.most(tokens, rows)),
             page_table=block.view("page_table", rows * row_pages),
         )
 
     def _loose_prefill_inputs(self, rows: list[StepRow]) -> PrefillInputs:
         tokens = sum(row.length for row in rows)
         sampling = max(1, sum(row.sample + len(scored_positions(row)) for row in rows))
-        blocks = sum(-(-row.length // PREFILL_BLOCK_M) for row in rows)
-        columns = self._prefill_columns(rows, tokens, sampling, blocks)
+        tiles = self._model.tiles.most(tokens, len(rows))
+        columns = self._prefill_columns(rows, tokens, sampling, tiles)
         return PrefillInputs(**dict(zip(columns, to_device(list(columns.values()), self._device), strict=True)))
-
-
-def _most_blocks(tokens: int, rows: int) -> int:
-    """Into how many blocks `rows` chunks of `tokens` tokens together can fall."""
-    return tokens // PREFILL_BLOCK_M + rows
 
 
 def _prefill_key(tokens: int, rows: int, captured: list[tuple[int, int]]) -> tuple[int, int] | None:

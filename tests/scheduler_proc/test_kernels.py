@@ -17,10 +17,13 @@ from minisgl.scheduler_proc.kernels.elementwise import (  # noqa: E402
     rotate_and_store,
     silu_and_multiply,
 )
-from minisgl.scheduler_proc.kernels.paged_attention import (  # noqa: E402
-    decode_attention,
+from minisgl.scheduler_proc.kernels.paged_attention import decode_attention  # noqa: E402
+from minisgl.scheduler_proc.kernels.prefill_attention import (  # noqa: E402
+    FILLING_PROGRAMS,
+    SHORTEST_SPAN,
+    TABLE_FIELDS,
+    PrefillTiles,
     prefill_attention,
-    prefill_blocks,
 )
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -130,24 +133,86 @@ def test_decode_attention(splits: int, window: int | None) -> None:
         assert_close(found[row], attend(qkv[row, :HEADS], pool[slots], length - 1, window))
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_prefill_attention(window: int | None) -> None:
-    chunks = [(0, 33), (70, 5), (64, 32)]
+def attend_chunk(qkv: torch.Tensor, key_value: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+    """A chunk's queries [tokens, heads + 2 * kv heads, head_dim] over [length, 2, kv heads, head_dim], in float64."""
+    heads, group = qkv.shape[1] - 2 * key_value.shape[2], qkv.shape[1] // key_value.shape[2] - 2
+    keys, values = (key_value[:, i].double().repeat_interleave(group, dim=1) for i in (0, 1))
+    scores = torch.einsum("thd,lhd->htl", qkv[:, :heads].double(), keys) * qkv.shape[-1] ** -0.5
+    place = start + torch.arange(len(qkv), device=DEVICE)[:, None]
+    at = torch.arange(len(key_value), device=DEVICE)[None, :]
+    seen = (at <= place) & (at > place - (window or len(key_value)))
+    return torch.einsum("htl,lhd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
+
+
+def check_prefill(
+    chunks: list[tuple[int, int]],
+    *,
+    shape: tuple[int, int, int] = (HEADS, KV_HEADS, HEAD_DIM),
+    page_size: int = 16,
+    window: int | None = None,
+    spare_tiles: int = 0,
+) -> list[int]:
+    """Compare (position, tokens) chunks of one call; the table that it read."""
+    heads, kv_heads, head_dim = shape
     tokens = sum(count for _, count in chunks)
-    qkv = random(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)
-    pool = random(PAGES * PAGE_SIZE, 2, KV_HEADS, HEAD_DIM)
-    pages = torch.randint(0, PAGES, (len(chunks), 40), dtype=torch.int32, device=DEVICE)
+    row_pages = max(-(-(start + count) // page_size) for start, count in chunks)
+    qkv = random(tokens, heads + 2 * kv_heads, head_dim)
+    pool = random(2 * row_pages * page_size, 2, kv_heads, head_dim)
+    pages = torch.stack([torch.randperm(2 * row_pages)[:row_pages] for _ in chunks]).to(DEVICE, torch.int32)
     rows, token = [], 0
     for index, (start, count) in enumerate(chunks):
-        rows.append((token, start, count, index * 40))
+        rows.append((token, start, count, index * row_pages))
         token += count
-    blocks = torch.tensor([*prefill_blocks(rows), 0, 0, 0, 0], dtype=torch.int32, device=DEVICE)
+    tiles = PrefillTiles(heads, kv_heads, head_dim, DTYPE)
+    table = tiles.table(rows, tiles.most(tokens, len(chunks)) + spare_tiles)
+    arrivals = torch.zeros(FILLING_PROGRAMS, dtype=torch.int32, device=DEVICE)
     found = prefill_attention(
-        qkv, pool, pages.flatten(), blocks, page_size=PAGE_SIZE, scale=HEAD_DIM**-0.5, window=window
+        qkv,
+        pool,
+        pages.flatten(),
+        torch.tensor(table, dtype=torch.int32, device=DEVICE),
+        arrivals,
+        tiles,
+        page_size=page_size,
+        scale=head_dim**-0.5,
+        window=window,
     )
+    assert not arrivals.any(), "the next call would count the arrivals of this one"
     for index, (token, start, count, _) in enumerate(rows):
         at = torch.arange(start + count, device=DEVICE)
-        slots = pages[index].long()[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
-        for offset in range(count):
-            expected = attend(qkv[token + offset, :HEADS], pool[slots], start + offset, window)
-            assert_close(found[token + offset], expected)
+        slots = pages[index].long()[at // page_size] * page_size + at % page_size
+        assert_close(found[token : token + count], attend_chunk(qkv[token : token + count], pool[slots], start, window))
+    return table
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_prefill_attention(window: int | None, page_size: int) -> None:
+    table = check_prefill([(0, 33), (70, 5), (64, 32), (0, 1)], page_size=page_size, window=window, spare_tiles=2)
+    assert max(table[4::TABLE_FIELDS]) == SHORTEST_SPAN
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_prefill_attention_of_keys_spread_over_programs(window: int | None) -> None:
+    """Several spans a tile; one of them begins behind the first queries of a tile, which see nothing of it."""
+    check_prefill([(SHORTEST_SPAN - 3, 7), (1400, 40), (0, 20), (2 * SHORTEST_SPAN, 1)], window=window)
+
+
+@pytest.mark.parametrize("shape", [(14, 2, 64), (2, 2, 128), (3, 1, 80)])
+def test_prefill_attention_of_other_shapes(shape: tuple[int, int, int]) -> None:
+    check_prefill([(0, 20), (600, 30)], shape=shape)
+
+
+def test_a_table_of_tiles_covers_every_query_once() -> None:
+    tiles = PrefillTiles(14, 2, 64, torch.bfloat16)
+    chunks = [(0, 5, 40, 7), (40, 0, 1, 9), (41, 30000, 471, 11)]
+    most = tiles.most(512, 8)
+    table = tiles.table(chunks, most)
+    assert len(table) == TABLE_FIELDS * most
+    found = [table[i : i + TABLE_FIELDS] for i in range(0, len(table), TABLE_FIELDS)]
+    for token, position, count, pages_at in chunks:
+        mine = [tile for tile in found if tile[0] and tile[3] == pages_at]
+        assert [place for tile in mine for place in range(tile[1], tile[1] + tile[0])] == [*range(token, token + count)]
+        assert all(tile[2] - tile[1] == position - token and tile[0] <= tiles.tokens for tile in mine)
+        span = mine[0][4]
+        assert span % tiles.shape.keys == 0 and span * tiles.most_spans(most) >= position + count

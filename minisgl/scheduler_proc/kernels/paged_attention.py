@@ -1,8 +1,8 @@
-"""Attention over the paged KV pool: one kernel for decode rows, one for prompt chunks.
+"""Attention of decode rows over the paged KV pool.
 
-Lengths, positions and page tables are read on the device, so a captured CUDA graph serves any of them. Both keep a
-running maximum and sum per query (online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867); decode splits a long
-row's keys over several programs and combines their results (as in Flash-Decoding).
+Lengths and page tables are read on the device, so a captured CUDA graph serves any of them. Each program keeps a
+running maximum and sum per query (online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867); a long row's keys are
+split over several programs, whose results are combined (as in Flash-Decoding).
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(1.4426950408889634)
 DECODE_BLOCK = 64
 """Keys a program looks at together."""
-PREFILL_BLOCK_M = 32
-"""Queries of one prefill program."""
-PREFILL_BLOCK_N = 64
 TARGET_PROGRAMS = 264
 """Programs that fill the device: two for each of a Hopper GPU's 132 multiprocessors."""
 
@@ -201,130 +198,4 @@ def decode_attention(
             SPLITS=splits,
             num_warps=2,
         )
-    return output
-
-
-@triton.jit
-def _prefill(
-    qkv,
-    pool,
-    page_table,
-    blocks,
-    output,
-    scale,
-    window,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    count = tl.load(blocks + block * 4)
-    if count > 0:
-        token = tl.load(blocks + block * 4 + 1).to(tl.int64)
-        position = tl.load(blocks + block * 4 + 2)
-        table = page_table + tl.load(blocks + block * 4 + 3)
-        kv_head = head // (HEADS // KV_HEADS)
-        rows = tl.arange(0, BLOCK_M)
-        dims = tl.arange(0, DIM_BLOCK)
-        mine = (rows < count)[:, None] & (dims < HEAD_DIM)[None, :]
-        queries = qkv + ((token + rows[:, None]) * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + dims[None, :]
-        q = tl.load(queries, mask=mine, other=0.0)
-        place = position + rows
-
-        best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        sums = tl.zeros((BLOCK_M, DIM_BLOCK), tl.float32)
-        first = 0
-        if HAS_WINDOW:
-            first = tl.maximum(position + 1 - window, 0) // BLOCK_N * BLOCK_N
-        end = position + count
-        for start in range(first, end, BLOCK_N):
-            at = start + tl.arange(0, BLOCK_N)
-            seen = at < end
-            page = tl.load(table + at // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-            keys = pool + ((page * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
-            there = seen[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(keys[:, None] + dims[None, :], mask=there, other=0.0)
-            v = tl.load(keys[:, None] + KV_HEADS * HEAD_DIM + dims[None, :], mask=there, other=0.0)
-            visible = at[None, :] <= place[:, None]
-            if HAS_WINDOW:
-                visible = visible & (at[None, :] > place[:, None] - window)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2_E)
-            scores = tl.where(visible, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
-            weights = tl.exp2(scores - safe_best[:, None])
-            fade = tl.exp2(best - safe_best)
-            total = total * fade + tl.sum(weights, axis=1)
-            sums = sums * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            best = new_best
-        results = output + ((token + rows[:, None]) * HEADS + head) * HEAD_DIM + dims[None, :]
-        tl.store(results, (sums / total[:, None]).to(output.dtype.element_ty), mask=mine)
-
-
-def prefill_blocks(rows: list[tuple[int, int, int, int]]) -> list[int]:
-    """Cut chunks into blocks of PREFILL_BLOCK_M queries, as the flat int32 table that prefill_attention reads.
-
-    Args:
-        rows: per chunk (first token in the step, its position, number of tokens, where its page ids begin).
-
-    Returns:
-        Four numbers a block: queries in it, first token, its position, where the chunk's page ids begin.
-    """
-    table: list[int] = []
-    for token, position, count, pages_at in rows:
-        for offset in range(0, count, PREFILL_BLOCK_M):
-            table += (min(PREFILL_BLOCK_M, count - offset), token + offset, position + offset, pages_at)
-    return table
-
-
-def prefill_attention(
-    qkv: torch.Tensor,
-    pool: torch.Tensor,
-    page_table: torch.Tensor,
-    blocks: torch.Tensor,
-    *,
-    page_size: int,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """Causal attention of prompt chunks to themselves and to what their pages already hold.
-
-    Args:
-        qkv: [tokens, heads + 2 * kv heads, head_dim]; the queries are its first heads.
-        pool: [slots, 2, kv heads, head_dim], with the keys and values of this step already in it.
-        page_table: int32, flat.
-        blocks: int32 [4 * blocks] of prefill_blocks; a block with no queries is skipped.
-
-    Returns:
-        [tokens, heads, head_dim]; tokens in no block are not written.
-    """
-    tokens, all_heads, head_dim = qkv.shape
-    kv_heads = pool.shape[2]
-    heads = all_heads - 2 * kv_heads
-    output = torch.zeros((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    _prefill[(blocks.numel() // 4, heads)](
-        qkv,
-        pool,
-        page_table,
-        blocks,
-        output,
-        scale,
-        window or 0,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        DIM_BLOCK=_dim_block(head_dim),
-        PAGE_SIZE=page_size,
-        BLOCK_M=PREFILL_BLOCK_M,
-        BLOCK_N=PREFILL_BLOCK_N,
-        HAS_WINDOW=window is not None,
-        num_warps=4,
-    )
     return output

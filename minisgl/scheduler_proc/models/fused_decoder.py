@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
-from minisgl.scheduler_proc.kernels.paged_attention import decode_attention, prefill_attention
+from minisgl.scheduler_proc.kernels.paged_attention import decode_attention
+from minisgl.scheduler_proc.kernels.prefill_attention import FILLING_PROGRAMS, PrefillTiles, prefill_attention
 from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend, small_splits
 from minisgl.scheduler_proc.kernels.small_linear import MAX_ROWS, MAX_WIDTH, linear_add, norm_gate_up, norm_linear
 from minisgl.scheduler_proc.models.config import ModelConfig
@@ -55,26 +56,33 @@ class PrefillInputs:
 
     Attributes:
         sampled: [rows], the token whose logits are wanted.
-        blocks: see kernels.paged_attention.prefill_blocks.
-        page_table: flat; blocks say where each chunk's page ids begin.
+        tiles: see PrefillTiles.table.
+        page_table: flat; the tiles say where each chunk's page ids begin.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     sampled: torch.Tensor
-    blocks: torch.Tensor
+    tiles: torch.Tensor
     page_table: torch.Tensor
 
 
 class FusedDecoder:
-    """A Decoder's weights with the fused forward. `pool` receives the keys and values."""
+    """A Decoder's weights with the fused forward. `pool` receives the keys and values.
+
+    Attributes:
+        tiles: how `prefill` cuts chunks.
+    """
 
     def __init__(self, decoder: Decoder, pool: KVPool, context_length: int) -> None:
         self.config = decoder.config
         self.weights = decoder.weights
         self.pool = pool
         device = pool.layers[0].device
+        config = self.config
+        self.tiles = PrefillTiles(config.num_heads, config.num_kv_heads, config.head_dim, pool.layers[0].dtype)
+        self._arrivals = torch.zeros(FILLING_PROGRAMS, dtype=torch.int32, device=device)
         self._tables = _rotation_tables(decoder.rope, context_length, device)
         self._small_batches = small_batch_kernels_fit(self.config)
         self._pdl = dependent_launch.supported(device)
@@ -107,7 +115,9 @@ class FusedDecoder:
                 qkv,
                 self.pool.layers[layer],
                 inputs.page_table,
-                inputs.blocks,
+                inputs.tiles,
+                self._arrivals,
+                self.tiles,
                 page_size=self.pool.page_size,
                 scale=self.config.head_dim**-0.5,
                 window=self.config.windows[layer],
