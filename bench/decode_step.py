@@ -77,6 +77,8 @@ def main() -> None:
     spec = resolve_model(config, lambda stage, done, total: None)
     engine = StepEngine.load(config, spec, 0, lambda stage, done, total: None)
     engine.warm_up()
+    while engine.prepare_next():
+        pass
     print(f"{spec.name}, {engine.device_name}, {engine.dtype_name}")
     for context in (int(text) for text in arguments.context.split(",")):
         for batch in (int(text) for text in arguments.batch.split(",")):

@@ -114,6 +114,9 @@ class Engine:
         self._texts = TokenTexts(self._encoder.tokenizer)
         engine = StepEngine.load(config, self.model, 0, _note_progress)
         engine.warm_up()
+        # Nobody runs this engine between requests.
+        while engine.prepare_next():
+            pass
         self._core: ReplicaCore | None = ReplicaCore(engine, config, self.model)
         self._lock = threading.Lock()
         self._last_rid = 0

@@ -62,6 +62,9 @@ class PacedEngine:
     def logprobs(self, step: PacedStep) -> list[RowLogprobs]:
         return []
 
+    def prepare_next(self) -> bool:
+        return False
+
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 

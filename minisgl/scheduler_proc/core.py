@@ -46,6 +46,9 @@ class StepRunner(Protocol):
     def logprobs(self, step: Any) -> list[RowLogprobs]:
         """What rows of a retired step asked for."""
 
+    def prepare_next(self) -> bool:
+        """Use an idle moment, while no step runs, for what makes later steps faster; False when nothing is left."""
+
 
 class ReplicaCore:
     """Takes requests, runs steps, and gives back what goes to the detokenizer.

@@ -2,12 +2,14 @@
 
 A graph has fixed shapes, so decode rows are padded to the next captured batch size and prompt chunks to the next token
 count; padding writes its keys and values to a page of its own. A step replays one graph for its decode rows and one or
-more for its chunks; what fits no graph (long prompts) runs the same kernels uncaptured.
+more for its chunks; what fits no graph (long prompts) runs the same kernels uncaptured. A few graphs are captured
+before serving, the others one by one while there is nothing else to do (see graph_sizes.py).
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,17 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.graph_sizes import (
+    PREFILL_ROWS,
+    PREFILL_TOKENS,
+    PrefillSize,
+    capture_order,
+    decode_sizes,
+    fitting_decode,
+    fitting_prefill,
+    prefill_sizes,
+)
+from minisgl.scheduler_proc.kernels.compile_ahead import compile_ahead
 from minisgl.scheduler_proc.kernels.paged_attention import decode_splits
 from minisgl.scheduler_proc.kernels.prefill_attention import TABLE_FIELDS
 from minisgl.scheduler_proc.models.forward_batch import Array, to_device
@@ -25,9 +38,6 @@ from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 
 logger = logging.getLogger(__name__)
 
-DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-PREFILL_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
-PREFILL_ROWS = (1, 8, 64)
 STAGING_BUFFERS = 8
 """Parts of steps whose inputs may be on their way to the device at once; one more waits for the oldest to arrive."""
 
@@ -105,7 +115,7 @@ class GraphRunner:
         self._context_length = context_length
         device = pool.layers[0].device
         row_pages = -(-context_length // pool.page_size)
-        self._decode_sizes = [size for size in DECODE_SIZES if size < max_running] + [max_running]
+        self._decode_sizes = decode_sizes(max_running)
         self._decode_block = InputBlock(
             {
                 "table_stride": 1,
@@ -134,36 +144,59 @@ class GraphRunner:
         self.last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
         self.last_places: dict[int, int] = {}
         self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
-        self._prefill_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
+        self._prefill_graphs: dict[PrefillSize, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
+        self._graph_memory: Any = None
+        self._uncaptured: deque[int | PrefillSize] = deque()
 
     # ---- capture ----
 
-    def capture_all(self, progress: Callable[[int, int], None]) -> None:
-        """Capture every graph, largest first so that the smaller ones reuse its memory."""
-        prefills = [
-            (tokens, rows)
-            for tokens in PREFILL_TOKENS
-            for rows in PREFILL_ROWS
-            if rows <= tokens <= self._context_length * rows
-        ]
-        total = len(self._decode_sizes) + len(prefills)
-        memory = torch.cuda.graph_pool_handle()
-        for size in reversed(self._decode_sizes):
-            self._fill_padding_decode(size)
-            self._decode_graphs[size] = self._capture(partial(self._model.decode, self._decode_inputs(size)), memory)
-            progress(len(self._decode_graphs), total)
-        for tokens, rows in reversed(prefills):
-            self._fill_prefill([], tokens, rows)
-            inputs = self._prefill_inputs(tokens, rows)
-            self._prefill_graphs[tokens, rows] = self._capture(partial(self._model.prefill, inputs), memory)
-            progress(len(self._decode_graphs) + len(self._prefill_graphs), total)
+    def compile_kernels(self, threads: int, progress: Callable[[int, int], None]) -> None:
+        """Compile what the graphs' kernels need, or load it from Triton's cache; nothing is computed."""
 
-    def _capture(self, forward: Callable[[], torch.Tensor], memory: Any) -> tuple[torch.cuda.CUDAGraph, StepLogits]:
-        # The first run compiles kernels and lets cuBLAS allocate, neither of which a capture allows.
+        def launch_all() -> None:
+            sizes, _ = capture_order(self._decode_sizes, prefill_sizes(self._context_length))
+            for size in sizes:
+                self._forward_of(size)()
+
+        compile_ahead(launch_all, self._device, threads, progress)
+
+    def capture_first(self, progress: Callable[[int, int], None]) -> None:
+        """Capture what every step finds a graph among."""
+        sizes, first = capture_order(self._decode_sizes, prefill_sizes(self._context_length))
+        self._graph_memory = torch.cuda.graph_pool_handle()
+        self._uncaptured.extend(sizes)
+        for done in range(1, first + 1):
+            self.capture_next()
+            progress(done, first)
+
+    def capture_next(self) -> bool:
+        """Capture one graph more, while no step runs; False when none is left, or none was asked for at start."""
+        if not self._uncaptured:
+            return False
+        size = self._uncaptured.popleft()
+        if isinstance(size, int):
+            self._fill_padding_decode(size)
+            self._decode_graphs[size] = self._capture(self._forward_of(size))
+        else:
+            self._fill_prefill([], *size)
+            self._prefill_graphs[size] = self._capture(self._forward_of(size))
+        return True
+
+    def capture_no_more(self) -> None:
+        """Do without the graphs that are still missing."""
+        self._uncaptured.clear()
+
+    def _forward_of(self, size: int | PrefillSize) -> Callable[[], torch.Tensor]:
+        if isinstance(size, int):
+            return partial(self._model.decode, self._decode_inputs(size))
+        return partial(self._model.prefill, self._prefill_inputs(*size))
+
+    def _capture(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, StepLogits]:
+        # The first run loads kernels and lets cuBLAS allocate, neither of which a capture allows.
         _greedy(forward())
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        with torch.cuda.graph(graph, pool=self._graph_memory):
             result = _greedy(forward())
         return graph, result
 
@@ -191,13 +224,15 @@ class GraphRunner:
         """The graph that runs a plan of decode rows alone, or of chunks that fit one graph (for measuring it)."""
         if plan.decode_rows:
             return self._decode_graphs[self._decode_size(plan.decode_rows)][0]
-        key = _prefill_key(sum(row.length for row in plan.rows), len(plan.rows), list(self._prefill_graphs))
+        key = fitting_prefill(sum(row.length for row in plan.rows), len(plan.rows), self._prefill_graphs)
         if key is None:
             raise ValueError("no graph fits this plan")
         return self._prefill_graphs[key][0]
 
     def _decode_size(self, rows: int) -> int:
-        return next(size for size in self._decode_sizes if size >= rows)
+        """How many rows to pad to: a captured number, or without any a usual one."""
+        size = fitting_decode(rows, self._decode_graphs)
+        return size if size is not None else next(size for size in self._decode_sizes if size >= rows)
 
     def _decode(self, rows: list[StepRow]) -> StepLogits:
         size = self._decode_size(len(rows))
@@ -240,7 +275,7 @@ class GraphRunner:
         sampling = sum(row.sample for row in rows)
         # Graphs give each row one token's logits.
         scores = any(scored_positions(row) for row in rows)
-        key = None if scores else _prefill_key(tokens, len(rows), list(self._prefill_graphs))
+        key = None if scores else fitting_prefill(tokens, len(rows), self._prefill_graphs)
         if key is None:
             logits = self._model.prefill(self._loose_prefill_inputs(rows))
             greedy = _greedy(logits[:sampling])
@@ -336,11 +371,6 @@ class GraphRunner:
         tiles = self._model.tiles.most(tokens, len(rows))
         columns = self._prefill_columns(rows, tokens, sampling, tiles)
         return PrefillInputs(**dict(zip(columns, to_device(list(columns.values()), self._device), strict=True)))
-
-
-def _prefill_key(tokens: int, rows: int, captured: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """The smallest captured prefill (tokens, rows) that holds these chunks, or None."""
-    return min((key for key in captured if key[0] >= tokens and key[1] >= rows), default=None)
 
 
 def _parts(chunks: list[StepRow]) -> list[list[StepRow]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,14 @@ from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
 from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
 from minisgl.scheduler_proc.core import scheduler_limits
-from minisgl.scheduler_proc.device import choose_device, choose_dtype, choose_linears, describe, set_cpu_threads
+from minisgl.scheduler_proc.device import (
+    choose_device,
+    choose_dtype,
+    choose_linears,
+    describe,
+    set_cpu_threads,
+    usable_cores,
+)
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
 from minisgl.scheduler_proc.models.decoder import Decoder
@@ -114,7 +122,6 @@ class StepEngine:
                 progress=lambda done, total: progress("loading weights", done, total),
                 linears=choose_linears(config, device, dtype),
             )
-            progress("sizing KV memory", 0, 0)
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
 
             def make_engine(num_pages: int) -> StepEngine:
@@ -129,6 +136,13 @@ class StepEngine:
 
             page_size = config.page_size or DEFAULT_PAGE_SIZE
             limits = scheduler_limits(config, model, str(device))
+            if fused:
+                progress("compiling kernels", 0, 0)
+                compile_threads = max(1, usable_cores() // (config.dp_size or 1))
+                _compile_kernels(
+                    loaded, page_size, limits, device, compile_threads, partial(progress, "compiling kernels")
+                )
+            progress("sizing KV memory", 0, 0)
             activation_bytes = 0
             if device.type == "cuda":
                 trial = make_engine(-(-limits.step_tokens // page_size))
@@ -145,7 +159,7 @@ class StepEngine:
             )
             engine = make_engine(num_pages)
             if engine.graphs is not None and not config.disable_cuda_graph:
-                engine.graphs.capture_all(lambda done, total: progress("capturing CUDA graphs", done, total))
+                engine.graphs.capture_first(partial(progress, "capturing CUDA graphs"))
             return engine
 
     def warm_up(self) -> None:
@@ -160,6 +174,18 @@ class StepEngine:
             ([(tokens, 1)], 1),
         ):
             self.retire(self.launch(_trial_plan(rows, decode_rows, pages)))
+
+    def prepare_next(self) -> bool:
+        """Use an idle moment (some 50 ms) for what makes later steps faster; False when there is nothing left."""
+        if self.graphs is None:
+            return False
+        try:
+            with torch.inference_mode():
+                return self.graphs.capture_next()
+        except torch.OutOfMemoryError:
+            logger.warning("no memory is left for more CUDA graphs: some steps are padded to larger ones")
+            self.graphs.capture_no_more()
+            return False
 
     def peak_memory_of_largest_step(self) -> int:
         """CUDA memory in bytes that a step takes beside weights and KV, by running one on the pool's first pages."""
@@ -262,6 +288,21 @@ def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRu
     assert isinstance(model, Decoder)
     fused = FusedDecoder(model, pool, limits.context_length)
     return GraphRunner(fused, pool, limits.max_running, limits.context_length)
+
+
+def _compile_kernels(
+    model: Model,
+    page_size: int,
+    limits: SchedulerLimits,
+    device: torch.device,
+    threads: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    assert isinstance(model, Decoder)
+    # Layers of a kind run the same kernels.
+    part = model.with_a_layer_of_each_kind()
+    pool = KVPool(part.kv_shapes, 1, page_size, part.weights.norm.dtype, device)
+    _make_graphs(part, pool, limits).compile_kernels(threads, progress)
 
 
 def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:

@@ -84,6 +84,9 @@ class FakeEngine:
         self._in_flight: deque[dict[int, set[int]]] = deque()
         """Per launched step: which requests use a page."""
 
+    def prepare_next(self) -> bool:
+        return False
+
     def launch(self, plan: StepPlan) -> tuple[int, list[_LaunchedRow]]:
         launched = []
         writers: dict[int, int] = {}

@@ -54,7 +54,7 @@ def engine_of(model: Decoder, fused: bool, captured: bool) -> StepEngine:
     pool = KVPool(model.kv_shapes, PAGES + 1, PAGE_SIZE, torch.float32, DEVICE)
     graphs = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 4, CONTEXT) if fused else None
     if captured and graphs is not None:
-        graphs.capture_all(lambda done, total: None)
+        graphs.capture_first(lambda done, total: None)
     limits = scheduler_limits(CONFIG, SPEC, "cpu")
     return StepEngine(model, TorchSdpaAttention(pool), graphs, pool, PAGES, limits, DEVICE, 1)
 

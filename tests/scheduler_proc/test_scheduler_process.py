@@ -31,6 +31,7 @@ from minisgl.model_source import resolve_model
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.main import serve
+from minisgl.scheduler_proc.request import StepPlan
 from minisgl.worker import Worker
 
 MODEL = ModelSpec("", "fake", "fake", 64, VOCAB_SIZE, (EOS,), "Fake")
@@ -89,6 +90,29 @@ class SteppedEngine(FakeEngine):
         if self.broken:
             raise RuntimeError("the fake device is broken")
         return super().retire(step)
+
+
+class PreparingEngine(FakeEngine):
+    """Can prepare a few things when idle; each takes until the test lets it end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: list[str] = []
+        self.begun, self.permits = threading.Semaphore(0), threading.Semaphore(0)
+        self.left = 3
+
+    def prepare_next(self) -> bool:
+        if not self.left:
+            return False
+        self.left -= 1
+        self.history.append("prepare")
+        self.begun.release()
+        assert self.permits.acquire(timeout=20)
+        return True
+
+    def launch(self, plan: StepPlan) -> Any:
+        self.history.append("step")
+        return super().launch(plan)
 
 
 @pytest.fixture
@@ -179,6 +203,26 @@ def test_an_abort_ends_a_running_request(start: Callable[..., ServingThread]) ->
     serving.send(AbortRequest(10), AbortRequest(10), AbortRequest(77))
     engine.permits.release(100)
     assert until_ended(serving.detokenizers[0], 10)[10][1] is FinishReason.ABORT
+
+
+def test_an_idle_engine_prepares_and_a_request_waits_for_one_preparation_at_most(
+    start: Callable[..., ServingThread],
+) -> None:
+    engine = PreparingEngine()
+    serving = start(engine)
+    serving.announce_detokenizers()
+    assert engine.begun.acquire(timeout=20)
+    serving.send(tokenized(10, [5], ignore_eos=True, max_new_tokens=3))
+    # The engine prepares; the request waits in the inbox by the time that it may end.
+    time.sleep(0.2)
+    engine.permits.release()
+    until_ended(serving.detokenizers[0], 10)
+    for _ in range(2):
+        assert engine.begun.acquire(timeout=20)
+        engine.permits.release()
+    serving.send(tokenized(12, [5], ignore_eos=True, max_new_tokens=2))
+    until_ended(serving.detokenizers[0], 12)
+    assert engine.history == ["prepare", *["step"] * 3, "prepare", "prepare", *["step"] * 2]
 
 
 def test_requests_of_a_dead_http_process_end_and_no_others(start: Callable[..., ServingThread]) -> None:

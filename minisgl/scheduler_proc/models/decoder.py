@@ -6,7 +6,7 @@ Weights are plain tensors. Query, key and value projections are one matrix, gate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,14 @@ class Decoder:
         products = [self._head, *(product for layer in self._products for product in layer)]
         copies = sum(product.own_bytes for product in products)
         return copies + sum(tensor.nbytes for _, tensor in self.weights.named_tensors())
+
+    def with_a_layer_of_each_kind(self) -> Decoder:
+        """The first layers of every attention window alone: they run the same kernels as all of them."""
+        windows = self.config.windows
+        indices = [windows.index(window) for window in dict.fromkeys(windows)]
+        config = replace(self.config, num_layers=len(indices), windows=tuple(windows[index] for index in indices))
+        weights = replace(self.weights, layers=[self.weights.layers[index] for index in indices])
+        return Decoder(config, weights, self.rope)
 
     def forward(self, batch: ForwardBatch, attention: StepAttention) -> torch.Tensor:
         """Logits [rows that sample, vocab] in the model's dtype."""

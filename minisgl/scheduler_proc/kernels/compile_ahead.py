@@ -1,0 +1,60 @@
+"""Compiles Triton kernels side by side before they are needed, instead of one after the other when first launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import torch
+import triton
+
+
+def compile_ahead(
+    launch_all: Callable[[], None], device: torch.device, threads: int, progress: Callable[[int, int], None]
+) -> None:
+    """Compile every kernel that `launch_all` launches, or take it from Triton's cache on disk, and load it.
+
+    Kernels that are not there yet are not run by `launch_all`: what it computes means nothing.
+
+    Args:
+        progress: called with the kernels done and their number.
+    """
+    wanted = _missing_kernels(launch_all)
+
+    def enter_thread() -> None:
+        # The current device is each thread's own, and so is its context, which only a real call makes current.
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)
+
+    # Most of a compilation is C++, ptxas and the C compiler, which run without the interpreter's lock.
+    with ThreadPoolExecutor(threads, "compile", enter_thread) as pool:
+        waited = [pool.submit(_load, *one) for one in wanted]
+        for done, future in enumerate(as_completed(waited), 1):
+            future.result()
+            progress(done, len(waited))
+
+
+def _load(kernel: Any, specialization: str) -> None:
+    compiled = kernel.preload(specialization)
+    # Asking for the launcher builds it, and loads the kernel into the context.
+    _ = compiled.run
+
+
+def _missing_kernels(launch_all: Callable[[], None]) -> list[tuple[Any, str]]:
+    """Each kernel that would have been compiled: its function, and Triton's description of the specialization."""
+    wanted: dict[tuple[str, str], tuple[Any, str]] = {}
+
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
+        wanted[f"{fn.module}.{fn.name}", key] = fn.jit_function, compile["specialization_data"]
+        # True: neither compile nor run it now.
+        return True
+
+    runtime: Any = triton.knobs.runtime
+    before = runtime.jit_cache_hook
+    runtime.jit_cache_hook = note
+    try:
+        launch_all()
+    finally:
+        runtime.jit_cache_hook = before
+    return list(wanted.values())

@@ -1,0 +1,42 @@
+"""Which graph runs which step, and what is captured before serving."""
+
+from __future__ import annotations
+
+import pytest
+
+from minisgl.scheduler_proc.graph_sizes import (
+    capture_order,
+    decode_sizes,
+    fitting_decode,
+    fitting_prefill,
+    prefill_sizes,
+)
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 8, 64, 100, 256, 1000])
+@pytest.mark.parametrize("context_length", [16, 128, 4096])
+def test_few_graphs_serve_every_step_that_all_of_them_serve(max_running: int, context_length: int) -> None:
+    decodes, prefills = decode_sizes(max_running), prefill_sizes(context_length)
+    order, first = capture_order(decodes, prefills)
+    assert sorted(map(str, order)) == sorted(map(str, (*decodes, *prefills)))
+    assert 2 <= first <= 8
+    few_decodes = [size for size in order[:first] if isinstance(size, int)]
+    few_prefills = [size for size in order[:first] if not isinstance(size, int)]
+    for rows in range(1, max_running + 1):
+        size = fitting_decode(rows, few_decodes)
+        assert size is not None and size >= rows
+        assert fitting_decode(rows, decodes) == min(size for size in decodes if size >= rows)
+    for tokens, rows in prefills:
+        assert fitting_prefill(tokens, rows, prefills) == (tokens, rows)
+        few = fitting_prefill(tokens, rows, few_prefills)
+        assert few is not None and few[0] >= tokens and few[1] >= rows
+    assert fitting_decode(max_running + 1, decodes) is None
+    assert fitting_prefill(10**6, 1, prefills) is None
+
+
+def test_the_largest_of_each_kind_is_captured_before_the_smaller_ones() -> None:
+    order, first = capture_order(decode_sizes(256), prefill_sizes(4096))
+    decodes = [size for size in order[:first] if isinstance(size, int)]
+    prefills = [size for size in order[:first] if not isinstance(size, int)]
+    assert decodes == sorted(decodes, reverse=True) and decodes[0] == 256
+    assert prefills == sorted(prefills, reverse=True) and prefills[0] == (1024, 64)
