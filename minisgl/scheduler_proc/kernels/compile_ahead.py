@@ -27,12 +27,15 @@ def compile_ahead(
         torch.cuda.set_device(device)
         torch.cuda.synchronize(device)
 
+    # The first one alone: Triton then reads its own files, for a key to its cache, once and not once a thread.
+    for one in wanted[:1]:
+        _load(*one)
     # Most of a compilation is C++, ptxas and the C compiler, which run without the interpreter's lock.
     with ThreadPoolExecutor(threads, "compile", enter_thread) as pool:
-        waited = [pool.submit(_load, *one) for one in wanted]
-        for done, future in enumerate(as_completed(waited), 1):
+        waited = [pool.submit(_load, *one) for one in wanted[1:]]
+        for done, future in enumerate(as_completed(waited), 2):
             future.result()
-            progress(done, len(waited))
+            progress(done, len(wanted))
 
 
 def _load(kernel: Any, specialization: str) -> None:
