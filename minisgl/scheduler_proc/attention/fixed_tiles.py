@@ -78,9 +78,7 @@ class FixedTileStep:
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key_value: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-        # As in torch_sdpa.py: hidden slots are multiplied by zero, and zero times NaN is NaN.
-        torch.nan_to_num_(key_value, 0.0, 0.0, 0.0)
-        self._backend.pool.layers[layer].index_copy_(0, self._batch.slots, key_value)
+        self._backend.pool.store(layer, self._batch.slots, key_value)
         output = torch.empty_like(query)
         heads, head_dim = query.shape[1:]
         for group in self._groups:

@@ -33,6 +33,17 @@ class KVPool:
         slots = num_pages * page_size
         self.layers = [_zeros((slots, 2, shape.heads, shape.head_dim), dtype, device) for shape in shapes]
 
+    def store(self, layer: int, slots: torch.Tensor, key_value: torch.Tensor) -> None:
+        """Write keys and values [tokens, 2, heads, head_dim] to their slots (int64 [tokens]); changes `key_value`."""
+        # A request whose values overflow must not leave NaN in pages that another request gets later: hidden slots
+        # are multiplied by zero, and zero times NaN is NaN.
+        torch.nan_to_num_(key_value, 0.0, 0.0, 0.0)
+        if key_value.device.type == "mps":
+            # index_copy_ is a hundred times slower there up to torch 2.13 (PyTorch's pull request 185750).
+            self.layers[layer][slots] = key_value
+        else:
+            self.layers[layer].index_copy_(0, slots, key_value)
+
 
 def bytes_per_token(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
     """KV memory of one token over all layers."""

@@ -61,10 +61,7 @@ class TorchSdpaStep:
         self._prefill_masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key_value: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-        # A request whose values overflow must not leave NaN in pages that another request gets later: hidden slots
-        # are multiplied by zero, and zero times NaN is NaN.
-        torch.nan_to_num_(key_value, 0.0, 0.0, 0.0)
-        self._backend.pool.layers[layer].index_copy_(0, self._batch.slots, key_value)
+        self._backend.pool.store(layer, self._batch.slots, key_value)
         if len(self._groups) == 1 and not self._batch.prefill:
             return self._decode(0, self._groups[0], layer, query, spec)
         output = torch.empty_like(query)

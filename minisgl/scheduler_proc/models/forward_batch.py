@@ -122,7 +122,8 @@ def to_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tenso
     values = block.numpy()
     for place, array in zip(places, arrays, strict=True):
         values[place : place + array.size] = array.reshape(-1).view(np.int32)
-    block = block.to(device, non_blocking=True)
+    # MPS would read host memory that is gone by then (PyTorch's issue 189690); pinned memory waits for CUDA's copies.
+    block = block.to(device, non_blocking=device.type == "cuda")
     return [
         block[place : place + array.size]
         .view(torch.float32 if array.dtype == np.float32 else torch.int32)
