@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.device_sampler import DeviceSampler
 from minisgl.scheduler_proc.graph_sizes import (
     PREFILL_ROWS,
     PREFILL_TOKENS,
@@ -29,6 +30,7 @@ from minisgl.scheduler_proc.graph_sizes import (
     fitting_prefill,
     prefill_sizes,
 )
+from minisgl.scheduler_proc.input_block import InputBlock
 from minisgl.scheduler_proc.kernels.compile_ahead import compile_ahead
 from minisgl.scheduler_proc.kernels.paged_attention import decode_splits
 from minisgl.scheduler_proc.kernels.prefill_attention import TABLE_FIELDS
@@ -37,52 +39,6 @@ from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecod
 from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 
 logger = logging.getLogger(__name__)
-
-STAGING_BUFFERS = 8
-"""Parts of steps whose inputs may be on their way to the device at once; one more waits for the oldest to arrive."""
-
-
-class InputBlock:
-    """Named int32 arrays in one block on the device, filled by one asynchronous copy.
-
-    The last array may be filled in part; only what a step uses is copied.
-    """
-
-    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
-        self._offsets: dict[str, int] = {}
-        total = 0
-        for name, size in sizes.items():
-            self._offsets[name] = total
-            total += size
-        self._sizes = sizes
-        self._last = next(reversed(sizes))
-        self._device = torch.zeros(total, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGING_BUFFERS)]
-        self._arrays = [host.numpy() for host in self._host]
-        self._arrived: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
-        self._turn = 0
-
-    def view(self, name: str, size: int) -> torch.Tensor:
-        """The first `size` elements of an array on the device."""
-        offset = self._offsets[name]
-        return self._device[offset : offset + size]
-
-    def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
-        """Send new values; an array's elements beyond those given keep arbitrary old ones."""
-        self._turn = (self._turn + 1) % STAGING_BUFFERS
-        arrived = self._arrived[self._turn]
-        if arrived is not None:
-            # The copy from this buffer may still be queued behind earlier parts of the step.
-            arrived.synchronize()
-        array = self._arrays[self._turn]
-        for name, column in values.items():
-            offset = self._offsets[name]
-            array[offset : offset + len(column)] = column
-        used = self._offsets[self._last] + len(values[self._last])
-        self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
-        if self._device.is_cuda:
-            self._arrived[self._turn] = torch.cuda.current_stream().record_event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +62,7 @@ class GraphRunner:
     Attributes:
         last_tokens: int64, what the step before has sampled.
         last_places: where in it each request's token is.
+        sampler: draws tokens from a step's logits.
     """
 
     def __init__(self, model: FusedDecoder, pool: KVPool, max_running: int, context_length: int) -> None:
@@ -143,6 +100,8 @@ class GraphRunner:
         self._device = device
         self.last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
         self.last_places: dict[int, int] = {}
+        config = model.config
+        self.sampler = DeviceSampler(config.vocab_size, max(max_running, most_rows), pool.layers[0].dtype, device)
         self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._prefill_graphs: dict[PrefillSize, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._graph_memory: Any = None
@@ -157,6 +116,7 @@ class GraphRunner:
             sizes, _ = capture_order(self._decode_sizes, prefill_sizes(self._context_length))
             for size in sizes:
                 self._forward_of(size)()
+            self.sampler.launch_all()
 
         compile_ahead(launch_all, self._device, threads, progress)
 
@@ -168,6 +128,7 @@ class GraphRunner:
         for done in range(1, first + 1):
             self.capture_next()
             progress(done, first)
+        self.sampler.capture()
 
     def capture_next(self) -> bool:
         """Capture one graph more, while no step runs; False when none is left, or none was asked for at start."""

@@ -28,7 +28,7 @@ from minisgl.scheduler_proc.device import (
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
 from minisgl.scheduler_proc.models.decoder import Decoder
-from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_device, to_host
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_host
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
 from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
@@ -223,12 +223,10 @@ class StepEngine:
 
         def take(rows: list[StepRow], step: StepLogits) -> None:
             sampling = [row for row in rows if row.sample]
-            tokens, finite = step.tokens, step.finite
+            tokens = step.tokens
             if not always_greedy(sampling):
-                columns = sampling_columns(sampling, self._limits.vocab_size, graphs.last_places)
-                on_device = SamplingBatch(*to_device(columns, self._device))
-                tokens, finite = sample(step.logits[: len(sampling)], on_device, graphs.last_tokens)
-            results.append(torch.stack((tokens, finite.long())))
+                tokens = graphs.sampler.sample(sampling, step.logits, step.tokens)
+            results.append(torch.stack((tokens, step.finite.long())))
             logprobs.extend(score_rows(rows, step.logits, tokens))
 
         graphs.run(plan, take)

@@ -37,7 +37,8 @@ class Request:
         asks_logprobs: whether it wants log probabilities, of its prompt or of its answer.
         prompt_logprobs: log probabilities of the prompt so far, if they are wanted and not sent yet.
         keeps_history: whether `observe` must be told each of its tokens.
-        needs_last_token: whether its next step may be launched only when the host has seen its last token, for a mask.
+        needs_last_token: whether its next step may be launched only when the host has seen its last token, for a
+            mask, or for penalties beside biases.
     """
 
     rid: int
@@ -69,8 +70,9 @@ class Request:
         sampling = self.sampling
         self.greedy = sampling.greedy
         penalties = has_penalties(sampling)
-        self.needs_last_token = self.token_mask is not None
-        self.keeps_history = penalties or self.needs_last_token
+        # With both, penalties are computed of what the host knows.
+        self.needs_last_token = self.token_mask is not None or (penalties and bool(sampling.logit_bias))
+        self.keeps_history = penalties or self.token_mask is not None
         if penalties or sampling.logit_bias:
             self.adjustments = Adjustments(sampling, self.token_ids, self.max_new_tokens)
         self.takes_likeliest = self.greedy and self.adjustments is None and self.token_mask is None

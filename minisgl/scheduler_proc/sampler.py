@@ -1,15 +1,17 @@
 """From logits to token ids, each row by its own parameters.
 
 Order: logit bias, repetition, frequency and presence penalty, as in vLLM; bans and masks; then, as in sglang,
-temperature, softmax, top-k, top-p, min-p, draw. A draw is the inverse of the cumulative distribution at one uniform
-number, which is a hash of the request's seed and the token's position: the same request draws the same tokens whatever
-runs beside it, after a preemption, and on any replica.
+temperature, softmax, top-k, top-p, min-p, draw. A draw is the inverse of the cumulative distribution over what is left,
+in the vocabulary's order, at one uniform number, which is a hash of the request's seed and the token's position: the
+same request draws the same tokens whatever runs beside it, after a preemption, and on any replica.
+
+This is what CPUs and plain torch run, and the reference for kernels/sampling.py, which draws on CUDA.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from minisgl.scheduler_proc.models.forward_batch import Array
 from minisgl.scheduler_proc.request import StepRow
 
 CANDIDATES = 512
-"""How many of the likeliest tokens are sorted where that is enough, or, on a CPU, before all are."""
+"""How many of the likeliest tokens a CPU sorts before it sorts all."""
 BLOCK = 512
 """Largest number of neighbouring tokens that are summed or compared as one; it divides the vocabulary."""
 
@@ -36,8 +38,7 @@ class SamplingBatch:
 
     Attributes:
         plain_rows: rows that draw from the whole distribution, int32 [plain].
-        few_rows: rows with a top-k of at most CANDIDATES, int32 [few].
-        filtered_rows: other rows with top-k, top-p or min-p, int32 [filtered]. All others are greedy.
+        filtered_rows: rows with top-k, top-p or min-p, int32 [filtered]. All others are greedy.
         draws: int32 [rows], 31 random bits each.
         temperatures, top_ps, min_ps: float32 [rows].
         top_ks: int32 [rows]; the vocabulary's size or more keeps all.
@@ -45,15 +46,11 @@ class SamplingBatch:
         biased, biases: int32 [2, biases] and float32 [biases], what is added to which row's and token's logit.
         repeated, repetition: likewise, the repetition penalty of each token seen before.
         generated, lowered: likewise, what is subtracted for each generated token.
-        unseen: int32 [2, unseen], rows with penalties whose last token the host has not seen yet, and where it is in
-            the tokens of the step before.
-        unseen_penalties: float32 [3, unseen], their repetition, presence and frequency penalty.
         masked_rows, masks: int32 [masked] and [masked, ceil(vocab / 32)], rows and the tokens that may come there: bit
             i % 32 of word i // 32 for token i.
     """
 
     plain_rows: torch.Tensor
-    few_rows: torch.Tensor
     filtered_rows: torch.Tensor
     draws: torch.Tensor
     temperatures: torch.Tensor
@@ -67,8 +64,6 @@ class SamplingBatch:
     repetition: torch.Tensor
     generated: torch.Tensor
     lowered: torch.Tensor
-    unseen: torch.Tensor
-    unseen_penalties: torch.Tensor
     masked_rows: torch.Tensor
     masks: torch.Tensor
 
@@ -83,21 +78,13 @@ def _bans(row: StepRow) -> bool:
     return row.start + row.length < row.request.earliest_stop
 
 
-def sampling_columns(
-    rows: Sequence[StepRow], vocab_size: int, last_places: Mapping[int, int] | None = None
-) -> list[Array]:
-    """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device.
-
-    Args:
-        last_places: by request id, where the step before has left tokens that the host has not seen; None if it has
-            seen all.
-    """
+def sampling_columns(rows: Sequence[StepRow], vocab_size: int) -> list[Array]:
+    """The arrays of a SamplingBatch for rows that sample, in the order of its fields; make it of them on the device."""
     requests = [row.request for row in rows]
     params = [request.sampling for request in requests]
     positions = [row.start + row.length for row in rows]
     seeds = [p.seed if p.seed is not None else request.rid for p, request in zip(params, requests, strict=True)]
     drawn = [index for index, request in enumerate(requests) if not request.greedy]
-    few = {index for index in drawn if 0 < params[index].top_k <= CANDIDATES}
     banned = [
         (index, token_id)
         for index, row in enumerate(rows)
@@ -106,8 +93,7 @@ def sampling_columns(
     ]
     return [
         np.array([index for index in drawn if not _filters(params[index])], np.int32),
-        np.array(sorted(few), np.int32),
-        np.array([index for index in drawn if _filters(params[index]) and index not in few], np.int32),
+        np.array([index for index in drawn if _filters(params[index])], np.int32),
         random_bits(seeds, positions),
         np.array([p.temperature for p in params], np.float32),
         np.array([p.top_p for p in params], np.float32),
@@ -115,7 +101,6 @@ def sampling_columns(
         np.array([p.top_k if p.top_k > 0 else 2**31 - 1 for p in params], np.int32),
         np.array(banned, np.int32).reshape(-1, 2).T.copy(),
         *_adjustment_columns([(index, r.adjustments) for index, r in enumerate(requests) if r.adjustments is not None]),
-        *_unseen_columns(rows, last_places),
         *_mask_columns([(index, row) for index, row in enumerate(rows) if row.request.token_mask], vocab_size),
     ]
 
@@ -134,28 +119,6 @@ def _adjustment_columns(adjusted: Sequence[tuple[int, Adjustments]]) -> list[Arr
         _spread([a.repetition_penalty for a in every], seen),
         _pairs(rows, generated),
         presence + frequency * np.concatenate([np.zeros(0, np.float32), *(a.counts for a in every)]),
-    ]
-
-
-def _unseen_columns(rows: Sequence[StepRow], last_places: Mapping[int, int] | None) -> list[Array]:
-    """`unseen` and `unseen_penalties` of SamplingBatch."""
-    places: list[tuple[int, int]] = []
-    penalties: list[tuple[float, float, float]] = []
-    for index, row in enumerate(rows):
-        request = row.request
-        # The row's input is the token before the one it samples.
-        if (
-            last_places
-            and request.adjustments is not None
-            and request.keeps_history
-            and row.start >= len(request.token_ids)
-        ):
-            places.append((index, last_places[request.rid]))
-            params = request.sampling
-            penalties.append((params.repetition_penalty, params.presence_penalty, params.frequency_penalty))
-    return [
-        np.array(places, np.int32).reshape(-1, 2).T.copy(),
-        np.array(penalties, np.float32).reshape(-1, 3).T.copy(),
     ]
 
 
@@ -192,12 +155,15 @@ def random_bits(seeds: Sequence[int], positions: Sequence[int]) -> Array:
     Two rounds of splitmix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"),
     the seed in the first and the position in the second, so that neighbouring seeds have unrelated sequences.
     """
-    state = np.array([seed % 2**64 for seed in seeds], np.uint64)
-    # Unsigned overflow is the point here; numpy's arrays wrap silently.
-    state = _mix(state + _GOLDEN_GAMMA)
-    state = _mix(state + _GOLDEN_GAMMA * np.array(positions, np.uint64))
+    state = _mix(mixed_seeds(seeds) + _GOLDEN_GAMMA * np.array(positions, np.uint64))
     bits: Array = (state >> np.uint64(33)).astype(np.int32)
     return bits
+
+
+def mixed_seeds(seeds: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """The first round of random_bits."""
+    # Unsigned overflow is the point here; numpy's arrays wrap silently.
+    return _mix(np.array([seed % 2**64 for seed in seeds], np.uint64) + _GOLDEN_GAMMA)
 
 
 def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -207,28 +173,20 @@ def _mix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def sample(
-    logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose a token for every row.
 
     NaN counts as the least likely logit and infinities as the largest finite numbers, so that any logits give a token.
 
     Args:
         logits: [rows, vocab], any float dtype.
-        last_tokens: int64, the tokens of the step before; needed where `batch.unseen` has rows.
 
     Returns:
         Token ids int64 [rows], each in 0 .. vocab - 1, and bool [rows]: whether the row's largest logit was finite.
     """
-    logits = adjust(logits, batch, last_tokens)
+    logits = adjust(logits, batch)
     tokens, best = _largest(logits)
-    kinds = (
-        (batch.plain_rows, _sample_plain),
-        (batch.few_rows, _sample_few),
-        (batch.filtered_rows, _sample_filtered),
-    )
-    for sampled, choose in kinds:
+    for sampled, choose in ((batch.plain_rows, _sample_plain), (batch.filtered_rows, _sample_filtered)):
         for rows in torch.split(sampled, _rows_at_once(logits)) if len(sampled) else ():
             tokens[rows] = choose(logits, batch, rows)
     return tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best)
@@ -239,15 +197,14 @@ def _rows_at_once(logits: torch.Tensor) -> int:
     return 4 if logits.device.type == "cpu" else 64
 
 
-def adjust(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor | None = None) -> torch.Tensor:
+def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Float32 logits after biases, penalties, bans and masks; `logits` itself where there are none.
 
     The repetition penalty is that of Keskar et al. 2019, "CTRL", as transformers has it: positive logits are divided by
     it and negative ones multiplied.
     """
     biased, repeated, generated, banned = batch.biased, batch.repeated, batch.generated, batch.banned
-    adjusted = (biased, repeated, generated, banned, batch.masks, batch.unseen)
-    if not any(column.numel() for column in adjusted):
+    if not any(column.numel() for column in (biased, repeated, generated, banned, batch.masks)):
         return logits
     # A small bias would be lost in bfloat16; and log probabilities are taken of the model's own logits later.
     logits = logits.to(torch.float32, copy=True)
@@ -255,8 +212,6 @@ def adjust(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor
     repeats = logits[repeated[0], repeated[1]]
     logits[repeated[0], repeated[1]] = torch.where(repeats > 0, repeats / batch.repetition, repeats * batch.repetition)
     logits[generated[0], generated[1]] -= batch.lowered
-    if last_tokens is not None and batch.unseen.numel():
-        _penalise_unseen(logits, batch, last_tokens)
     logits[banned[0], banned[1]] = float("-inf")
     at_once = _rows_at_once(logits)
     bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
@@ -264,29 +219,6 @@ def adjust(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor
         allowed = (masks.view(torch.uint8)[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]]
         logits[rows] = logits[rows].masked_fill_(allowed == 0, float("-inf"))
     return logits
-
-
-def _penalise_unseen(logits: torch.Tensor, batch: SamplingBatch, last_tokens: torch.Tensor) -> None:
-    """Do for tokens that only the device knows what the columns have done for all before them; in place."""
-    rows, places = batch.unseen
-    repetition, presence, frequency = batch.unseen_penalties
-    tokens = last_tokens[places]
-    token_of_row = torch.full((len(logits),), -1, dtype=tokens.dtype, device=logits.device)
-    token_of_row[rows] = tokens
-
-    def is_new(pairs: torch.Tensor) -> torch.Tensor:
-        """Whether the token of each of `rows` is not among its row's pairs."""
-        known = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        known.index_add_(0, pairs[0], (token_of_row[pairs[0]] == pairs[1]).int())
-        return known[rows] == 0
-
-    before = logits[rows, tokens]
-    repeated = torch.where(before > 0, before / repetition, before * repetition)
-    logits[rows, tokens] = (
-        torch.where(is_new(batch.repeated), repeated, before)
-        - frequency
-        - torch.where(is_new(batch.generated), presence, 0.0)
-    )
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,31 +237,30 @@ def _sample_plain(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor
     return _draw(*_weights_and_draws(logits, batch, rows))
 
 
-def _sample_few(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor) -> torch.Tensor:
-    weights, draws = _weights_and_draws(logits, batch, rows)
-    ranked, order = weights.topk(min(CANDIDATES, weights.shape[1]), dim=-1)
-    return _draw_ranked(ranked, order, _filters_of(batch, rows, weights), draws)
-
-
 def _sample_filtered(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Tensor) -> torch.Tensor:
     weights, draws = _weights_and_draws(logits, batch, rows)
-    filters = _filters_of(batch, rows, weights)
+    total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
+    filters = Filters(batch.top_ks[rows, None], batch.top_ps[rows, None], batch.min_ps[rows, None], total)
     vocab_size = weights.shape[1]
     if logits.device.type != "cpu":
         ranked, order = weights.sort(dim=-1, descending=True, stable=True)
-        return _draw_ranked(ranked, order, filters, draws)
+        return _draw(_in_order(_keep(ranked, filters), order), draws)
     ranked, order = weights.topk(min(CANDIDATES, vocab_size), dim=-1)
-    tokens = _draw_ranked(ranked, order, filters, draws)
+    kept = _keep(ranked, filters)
+    order, by_token = order.sort(dim=-1)
+    tokens = order.gather(1, _draw(kept.gather(1, by_token), draws)[:, None]).squeeze(-1)
     # A row is right if nothing that its filters would keep lies outside the candidates.
     top_p_inside = ranked.sum(dim=-1, keepdim=True) >= filters.top_p * filters.total
     min_p_inside = ranked[:, -1:] < filters.min_p * ranked[:, :1]
-    enough = (filters.top_k >= vocab_size) & (top_p_inside | min_p_inside)
+    top_k_inside = filters.top_k <= ranked.shape[1]
+    enough = top_k_inside | ((filters.top_k >= vocab_size) & (top_p_inside | min_p_inside))
     (short,) = torch.nonzero(~enough.squeeze(-1), as_tuple=True)
     if len(short):
         # numpy sorts with vector instructions, torch does not: 4 ms a row instead of 22 at 152,000 tokens.
         order = torch.from_numpy(np.argsort(-weights[short].numpy(), axis=-1))
         filters = Filters(*(column[short] for column in filters))
-        tokens[short] = _draw_ranked(weights[short].gather(1, order), order, filters, draws[short])
+        kept = _keep(weights[short].gather(1, order), filters)
+        tokens[short] = _draw(_in_order(kept, order), draws[short])
     return tokens
 
 
@@ -342,20 +273,19 @@ class Filters(NamedTuple):
     total: torch.Tensor
 
 
-def _filters_of(batch: SamplingBatch, rows: torch.Tensor, weights: torch.Tensor) -> Filters:
-    total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
-    return Filters(batch.top_ks[rows, None], batch.top_ps[rows, None], batch.min_ps[rows, None], total)
-
-
-def _draw_ranked(ranked: torch.Tensor, order: torch.Tensor, filters: Filters, draws: torch.Tensor) -> torch.Tensor:
-    """Filter weights sorted downwards ([rows, n], of tokens `order`) and draw a token id from what is left."""
+def _keep(ranked: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """Weights sorted downwards ([rows, n]), those that are filtered out replaced by zeros."""
     rank = torch.arange(ranked.shape[1], device=ranked.device)
     kept = ranked.masked_fill(rank >= filters.top_k, 0.0).to(_wide(ranked))
     # top_p is a share of what top_k left over; without top_k that is all, also when only candidates were ranked.
     mass = torch.where(filters.top_k <= ranked.shape[1], kept.sum(dim=-1, keepdim=True), filters.total)
     before = kept.cumsum(dim=-1) - kept
-    kept.masked_fill_((before >= filters.top_p * mass) | (ranked < filters.min_p * ranked[:, :1]), 0.0)
-    return order.gather(1, _draw(kept, draws)[:, None]).squeeze(-1)
+    return kept.masked_fill_((before >= filters.top_p * mass) | (ranked < filters.min_p * ranked[:, :1]), 0.0)
+
+
+def _in_order(ranked: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Values of all tokens [rows, vocab], back from the order of their ranks to the vocabulary's."""
+    return torch.empty_like(ranked).scatter_(1, order, ranked)
 
 
 def _weights_and_draws(

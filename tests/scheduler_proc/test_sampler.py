@@ -329,21 +329,3 @@ def test_only_plain_greedy_rows_skip_the_sampler() -> None:
         asking([1], [2], presence_penalty=0.1),
     ):
         assert not always_greedy([asking([1], [2]), row])
-
-
-@pytest.mark.parametrize("last", [7, 20, 60])
-def test_a_token_that_only_the_device_knows_is_penalised_like_all_others(last: int) -> None:
-    prompt, answer = [3, 7, 7, 9], [20, 20, 11]
-    wishes: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4}
-    told = asking(prompt, [*answer, last], **wishes)
-    behind = asking(prompt, answer, **wishes)
-    behind.start += 1
-    plain = asking(prompt, answer)
-    columns = sampling_columns([plain, behind], VOCAB_SIZE, {9: 2})
-    batch = SamplingBatch(*to_device(columns, torch.device("cpu")))
-    torch.manual_seed(2)
-    logits = torch.randn(2, VOCAB_SIZE)
-    found = adjust(logits, batch, torch.tensor([5, 6, last]))
-    expected = adjust(logits[1:], device_batch([told]))
-    torch.testing.assert_close(found[1:], expected)
-    torch.testing.assert_close(found[0], logits[0])

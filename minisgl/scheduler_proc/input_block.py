@@ -1,0 +1,55 @@
+"""What a CUDA graph reads that changes from step to step: named arrays in one block on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from minisgl.scheduler_proc.models.forward_batch import Array
+
+STAGING_BUFFERS = 8
+"""Parts of steps whose inputs may be on their way to the device at once; one more waits for the oldest to arrive."""
+
+
+class InputBlock:
+    """Named int32 arrays in one block on the device, filled by one asynchronous copy.
+
+    The last array may be filled in part; only what a step uses is copied.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        self._offsets: dict[str, int] = {}
+        total = 0
+        for name, size in sizes.items():
+            self._offsets[name] = total
+            total += size
+        self._sizes = sizes
+        self._last = next(reversed(sizes))
+        self._device = torch.zeros(total, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGING_BUFFERS)]
+        self._arrays = [host.numpy() for host in self._host]
+        self._arrived: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
+        self._turn = 0
+
+    def view(self, name: str, size: int) -> torch.Tensor:
+        """The first `size` elements of an array on the device."""
+        offset = self._offsets[name]
+        return self._device[offset : offset + size]
+
+    def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
+        """Send new values; an array's elements beyond those given keep arbitrary old ones."""
+        self._turn = (self._turn + 1) % STAGING_BUFFERS
+        arrived = self._arrived[self._turn]
+        if arrived is not None:
+            # The copy from this buffer may still be queued behind earlier parts of the step.
+            arrived.synchronize()
+        array = self._arrays[self._turn]
+        for name, column in values.items():
+            offset = self._offsets[name]
+            array[offset : offset + len(column)] = column
+        used = self._offsets[self._last] + len(values[self._last])
+        self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
+        if self._device.is_cuda:
+            self._arrived[self._turn] = torch.cuda.current_stream().record_event()
