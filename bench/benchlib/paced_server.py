@@ -9,7 +9,6 @@ worker process; as a program this module is launch.py with that entry point:
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -22,30 +21,28 @@ from minisgl.config import WorkerSpec
 from minisgl.messages import AbortRequest, TokenizedRequest
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.main import serve
-from minisgl.scheduler_proc.request import RowLogprobs, StepPlan
+from minisgl.scheduler_proc.request import RowLogprobs, StepPlan, StepRow
 from minisgl.serve import run
 from minisgl.worker import PROCESS_KINDS, Worker, run_worker
 
 
 @dataclass(frozen=True)
 class PacedStep:
-    tokens: int
+    tokens: list[int]
     done_at: float
 
 
 class PacedEngine:
-    """Meets core.StepRunner. Tokens are random ones of the vocabulary."""
+    """Meets core.StepRunner. Answers repeat their prompt, so that a client can tell whether it was sent its own."""
 
     page_size = 16
     device_name = "cuda:0 (paced, no device)"
     dtype_name = "none"
     runs_ahead = True
 
-    def __init__(self, vocab_size: int, kv_tokens: int, slowdown: float) -> None:
+    def __init__(self, kv_tokens: int, slowdown: float) -> None:
         self.num_pages = kv_tokens // self.page_size
-        self._vocab_size = vocab_size
         self._slowdown = slowdown
-        self._rng = random.Random(0)
         self._free_at = 0.0
 
     def launch(self, plan: StepPlan) -> PacedStep:
@@ -53,17 +50,22 @@ class PacedEngine:
         prompts = [row.length for row in plan.rows[plan.decode_rows :]]
         milliseconds = decode_ms(plan.decode_rows) + prefill_ms(prompts)
         self._free_at = max(self._free_at, time.monotonic()) + milliseconds * self._slowdown / 1e3
-        return PacedStep(sum(row.sample for row in plan.rows), self._free_at)
+        return PacedStep([_next_token(row) for row in plan.rows if row.sample], self._free_at)
 
     def retire(self, step: PacedStep) -> list[int]:
         time.sleep(max(0.0, step.done_at - time.monotonic()))
-        return self._rng.choices(range(self._vocab_size), k=step.tokens)
+        return step.tokens
 
     def logprobs(self, step: PacedStep) -> list[RowLogprobs]:
         return []
 
     def prepare_next(self) -> bool:
         return False
+
+
+def _next_token(row: StepRow) -> int:
+    request = row.request
+    return request.token_ids[(row.start + row.length) % request.prompt_len]
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def main(worker: Worker) -> None:
     spec: WorkerSpec = worker.spec
     worker.open_inbox(TokenizedRequest, AbortRequest)
     kv_tokens = spec.config.max_total_tokens or 2**20
-    engine = PacedEngine(spec.model.vocab_size, kv_tokens, float(os.environ.get(SLOWDOWN, "1")))
+    engine = PacedEngine(kv_tokens, float(os.environ.get(SLOWDOWN, "1")))
     core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch)
     worker.ready(core.info())
     serve(worker, core)

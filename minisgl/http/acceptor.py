@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 _TAKEN_AT_ONCE = 256
 _PAUSE_SECONDS = 0.5
+_MAX_UNSENT_BYTES = 2**17
+"""Of a connection, in the kernel, where else megabytes wait for a client that does not read."""
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -30,6 +32,9 @@ class Acceptor:
         # The loop itself keeps only weak references to tasks.
         self._opening: set[asyncio.Task[None]] = set()
         listener.setblocking(False)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Connections take it over from the socket they came in by.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
         self._resume()
 
     def close(self) -> None:

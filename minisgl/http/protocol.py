@@ -21,6 +21,8 @@ from minisgl.timeline import now
 
 MAX_HEAD_BYTES = 64 * 2**10
 """Bytes a client may send without completing a request head or adding to its body."""
+STALL_SECONDS = 120
+"""A client whose socket has been full for this long is given up."""
 _SCOPE_KEY = "minisgl.ingress"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -39,12 +41,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._unproductive_bytes = 0
-        self.scope["state"] |= {"received_ns": now(), "abort_connection": self.transport.abort}
+        self.scope["state"] |= {
+            "received_ns": now(),
+            "abort_connection": self.transport.abort,
+            "unsent_bytes": self.transport.get_write_buffer_size,
+        }
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unproductive_bytes = 0
         super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._give_up_unread(before=0)
+
+    def _give_up_unread(self, before: int) -> None:
+        """Drop a client that takes nothing of a response which nobody waits for any more: it is complete."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == before:
+            self.transport.abort()
+        elif unsent:
+            self.loop.call_later(STALL_SECONDS, self._give_up_unread, unsent)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "malformed_http", "the bytes received are not an HTTP/1.1 request"))
@@ -70,6 +88,7 @@ class Ingress:
         request_id: the client's X-Request-Id, or one drawn here.
         send: the server's own ASGI send, unwrapped: it finishes without waiting unless the client does not read.
         abort_connection: drop the connection and whatever is still buffered for it.
+        unsent_bytes: how much is buffered for the connection that its socket has not taken yet.
         headers: what every response to it must carry.
         trace_headers: `traceparent` and `tracestate`, when spans are made of requests.
         write_chunk: sends a piece of a body that is not its last, at once; False, and nothing is sent, where `send` has
@@ -80,6 +99,7 @@ class Ingress:
     request_id: str
     send: Send
     abort_connection: Callable[[], None]
+    unsent_bytes: Callable[[], int]
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     trace_headers: dict[str, str] = field(default_factory=dict)
     write_chunk: Callable[[str], bool] = lambda text: False
@@ -105,7 +125,8 @@ class Edge:
         state = scope["state"]
         request_id = _request_id(scope)
         headers = [(b"x-request-id", request_id.encode("ascii")), *self._gate.cors_headers(scope)]
-        ingress = Ingress(state["received_ns"], request_id, send, state["abort_connection"], headers)
+        connection = (state["abort_connection"], state["unsent_bytes"])
+        ingress = Ingress(state["received_ns"], request_id, send, *connection, headers)
         ingress.write_chunk = _chunk_writer(send)
         if self._traced:
             ingress.trace_headers = _trace_headers(scope)

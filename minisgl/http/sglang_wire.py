@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, MutableSequence
 from json.encoder import encode_basestring_ascii as json_string
 
 from minisgl.http.answers import EventStream, Renderer, Stream
@@ -14,6 +15,8 @@ from minisgl.timeline import now
 
 _CHANGING = ("completion_tokens", "dp_rank")
 """What `meta_info` says anew in each event before the last; a request may be dispatched after its first text."""
+_MAX_PIECES = 256
+"""Texts that wait for a client that does not read: as single objects, tokens take ten times the room."""
 
 
 class CumulativeLogprobs:
@@ -170,24 +173,26 @@ class CumulativeStream(EventStream):
 
     def __init__(self, renderer: Renderer, answers: int) -> None:
         super().__init__(renderer, answers)
-        self._news: dict[Stream, tuple[list[str], list[int]]] = {}
+        self._news: dict[Stream, tuple[list[str], MutableSequence[int]]] = {}
 
     def delta(self, stream: Stream, text: str, token_ids: list[int]) -> None:
         texts, ids = self._news.setdefault(stream, ([], []))
         texts.append(text)
-        ids += token_ids
+        ids.extend(token_ids)
+        if len(texts) > _MAX_PIECES:
+            self._news[stream] = ["".join(texts)], array("i", ids)
 
     def flush(self, stream: Stream) -> None:
         if stream in self._news and not stream.writer.parked_since_ns:
             texts, ids = self._news.pop(stream)
-            super().delta(stream, "".join(texts), ids)
+            super().delta(stream, "".join(texts), list(ids))
         super().flush(stream)
 
     def done(self, stream: Stream) -> None:
         if stream in self._news:
             # The last event says it all; what this would have sent is part of that.
             texts, ids = self._news.pop(stream)
-            self._renderer.delta(stream, "".join(texts), ids)
+            self._renderer.delta(stream, "".join(texts), list(ids))
         super().done(stream)
 
     def restart(self, stream: Stream) -> None:

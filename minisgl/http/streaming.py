@@ -20,6 +20,7 @@ from minisgl.http import recovery
 from minisgl.http.answers import Stream
 from minisgl.http.errors import ApiError
 from minisgl.http.figures import Figures
+from minisgl.http.protocol import STALL_SECONDS
 from minisgl.http.recovery import Fate, Verdict, WorkerLives
 from minisgl.messages import (
     AbortRequest,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STALL_SECONDS = 120
-"""A client whose socket has been full for this long is given up."""
+MAX_HELD_BYTES = 256 * 2**20
+"""Held for all clients that do not read; past it those are given up that have been reading nothing the longest."""
 
 
 class Streams:
@@ -226,11 +227,16 @@ class Streams:
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def drop_stalled(self) -> None:
-        """Give up clients that have not read for STALL_SECONDS."""
+        """Give up clients that have not read for STALL_SECONDS, and more of them while MAX_HELD_BYTES is exceeded."""
         limit = now() - STALL_SECONDS * 10**9
-        for stream in self._open:
-            if 0 < stream.writer.parked_since_ns < limit:
-                stream.writer.drop(f"client did not read for {STALL_SECONDS} s")
+        parked = {stream.writer for stream in self._open if stream.writer.parked_since_ns}
+        held = sum(writer.held_bytes() for writer in parked)
+        for writer in sorted(parked, key=lambda writer: writer.parked_since_ns):
+            if writer.parked_since_ns >= limit and held <= MAX_HELD_BYTES:
+                break
+            held -= writer.held_bytes()
+            seconds = (now() - writer.parked_since_ns) / 1e9
+            writer.drop(f"client did not read for {seconds:.1f} s")
 
     def snapshot(self) -> JsonObject:
         return {

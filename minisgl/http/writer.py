@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING_CHARS = 2**20
 """Text held for a client that does not read; past it the connection is dropped."""
+_MAX_PIECES = 256
+"""Pieces it may consist of: as single strings, the tokens of a stream take several times their length."""
 
 
 class ResponseWriter:
@@ -44,6 +46,7 @@ class ResponseWriter:
         self._head: Message | None = None
         self._pending: list[str] = []
         self._pending_chars = 0
+        self._sending_chars = 0
         self._ending = False
         self._last_body_sent = False
 
@@ -56,11 +59,13 @@ class ResponseWriter:
         """Add ASCII text to the body; it leaves at the next flush."""
         self._pending.append(text)
         self._pending_chars += len(text)
-        if self._pending_chars > MAX_PENDING_CHARS:
-            if not self.parked_since_ns:
-                self.flush()
-            else:
+        if self.parked_since_ns:
+            if len(self._pending) > _MAX_PIECES:
+                self._pending = ["".join(self._pending)]
+            if self._pending_chars > MAX_PENDING_CHARS:
                 self.drop(f"client did not read {self._pending_chars} bytes")
+        elif self._pending_chars > MAX_PENDING_CHARS:
+            self.flush()
 
     def end(self) -> None:
         self._ending = True
@@ -89,9 +94,14 @@ class ResponseWriter:
             if text and not self._ending and self.ingress.write_chunk(text):
                 return
             self._last_body_sent = self._ending
+            self._sending_chars = len(text)
             body = {"type": "http.response.body", "body": text.encode("ascii"), "more_body": not self._ending}
             if self._send(body):
                 self.complete = self._last_body_sent
+
+    def held_bytes(self) -> int:
+        """What this process keeps for a client that is parked, up to its socket's own buffer."""
+        return 0 if self.dropped else self._pending_chars + self._sending_chars + self.ingress.unsent_bytes()
 
     def drop(self, reason: str) -> None:
         """Give this client up: what collected is discarded, and the server reports its disconnect."""

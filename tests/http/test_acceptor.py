@@ -57,14 +57,15 @@ def test_all_waiting_connections_are_taken_within_a_few_turns_of_the_loop(listen
         assert uvloop.run(count_turns()) < CLIENTS // 5
 
 
-def test_a_taken_connection_works_and_does_not_delay_small_writes(listener):
-    async def greet() -> tuple[bytes, int]:
-        delays: list[int] = []
+def test_a_taken_connection_works_delays_no_small_write_and_keeps_little_unsent(listener):
+    async def greet() -> tuple[bytes, list[int]]:
+        options: list[int] = []
 
         class Probe(_Greeter):
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 peer = transport.get_extra_info("socket")
-                delays.append(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                for name in (socket.TCP_NODELAY, socket.TCP_NOTSENT_LOWAT):
+                    options.append(peer.getsockopt(socket.IPPROTO_TCP, name))
                 super().connection_made(transport)
 
         taking = Acceptor(listener, Probe)
@@ -72,11 +73,12 @@ def test_a_taken_connection_works_and_does_not_delay_small_writes(listener):
         text = await asyncio.wait_for(reader.readexactly(5), 5)
         writer.close()
         taking.close()
-        return text, delays[0]
+        return text, options
 
-    text, nodelay = uvloop.run(greet())
+    text, (nodelay, most_unsent) = uvloop.run(greet())
     assert text == b"hello"
     assert nodelay
+    assert most_unsent == acceptor._MAX_UNSENT_BYTES
 
 
 def test_without_descriptors_connections_wait_until_there_are_some(listener, monkeypatch, caplog):

@@ -18,8 +18,8 @@ from minisgl.http.accounting import OUTCOMES, Accounts, Call
 from minisgl.http.answers import EventStream, Stream
 from minisgl.http.health import HealthView
 from minisgl.http.native import JsonLines
-from minisgl.http.protocol import Ingress
-from minisgl.http.streaming import STALL_SECONDS, Streams
+from minisgl.http.protocol import STALL_SECONDS, Ingress
+from minisgl.http.streaming import MAX_HELD_BYTES, Streams
 from minisgl.http.writer import ResponseWriter
 from minisgl.messages import (
     AbortRequest,
@@ -171,27 +171,50 @@ def test_a_failing_dispatcher_leaves_no_hole_in_a_stream() -> None:
     assert rig.stop() == 1
 
 
-def test_a_client_that_stalls_for_long_is_given_up() -> None:
+def parked_writers(*clients: tuple[str, float, int]) -> tuple[Streams, dict[str, ResponseWriter]]:
+    """A table with clients of (name, seconds for which it has been parked, bytes that its socket has not taken)."""
     spec = WorkerSpec(
         "http-0", "http", 0, 1, "", "", 1, ServerConfig(**ONE_OF_EACH), ModelSpec("", "", "", 1, 1, (), "")
     )
-    streams, dropped = Streams(spec), []
+    streams, writers = Streams(spec), {}
 
     async def never_sent(message: object) -> None:
         raise AssertionError(message)
 
-    writers = []
-    for name, parked_for in (("fast", 0), ("slow", STALL_SECONDS - 1), ("stalled", STALL_SECONDS + 1)):
-        writer = ResponseWriter(Ingress(0, name, never_sent, lambda name=name: dropped.append(name)))
+    for name, parked_for, unsent in clients:
+        writer = ResponseWriter(Ingress(0, name, never_sent, lambda: None, lambda unsent=unsent: unsent))
         call = Call(Accounts(), name, now())
         sink = EventStream(JsonLines())
         stream = Stream(call=call, writer=writer, sink=sink, prompt="", sampling=SamplingParams(), name=name)
         streams.submit([stream])
-        writer.parked_since_ns = parked_for and now() - parked_for * 10**9
-        writers.append(writer)
+        writer.parked_since_ns = parked_for and now() - int(parked_for * 1e9)
+        writers[name] = writer
+    return streams, writers
+
+
+def dropped(writers: dict[str, ResponseWriter]) -> set[str]:
+    return {name for name, writer in writers.items() if writer.dropped}
+
+
+def test_a_client_that_stalls_for_long_is_given_up() -> None:
+    streams, writers = parked_writers(("fast", 0, 0), ("slow", STALL_SECONDS - 1, 0), ("stalled", STALL_SECONDS + 1, 0))
     streams.drop_stalled()
-    assert dropped == ["stalled"]
-    assert "did not read" in writers[2].dropped
+    assert dropped(writers) == {"stalled"}
+    assert "did not read" in writers["stalled"].dropped
+
+
+def test_clients_that_do_not_read_are_given_up_when_they_cost_too_much_together() -> None:
+    third = MAX_HELD_BYTES // 3
+    clients = (("fast", 0, 0), ("new", 1, third), ("old", 9, third), ("middle", 5, third))
+    streams, writers = parked_writers(*clients)
+    streams.drop_stalled()
+    assert dropped(writers) == set()
+    writers["new"].write("x" * 1000)
+    streams.drop_stalled()
+    assert dropped(writers) == {"old"}
+    assert writers["old"].held_bytes() == 0
+    streams.drop_stalled()
+    assert dropped(writers) == {"old"}
 
 
 def test_garbage_in_the_inbox_is_dropped_and_counted() -> None:

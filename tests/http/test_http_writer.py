@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 
 from starlette.types import Message
@@ -19,7 +20,9 @@ class Server:
         self.aborted = 0
         self.broken = False
         self._room: asyncio.Future[None] | None = None
-        self.writer = ResponseWriter(Ingress(0, "id", self.send, self.abort, [(b"x-request-id", b"id")]))
+        self.unsent = 0
+        ingress = Ingress(0, "id", self.send, self.abort, lambda: self.unsent, [(b"x-request-id", b"id")])
+        self.writer = ResponseWriter(ingress)
 
     def fill(self) -> None:
         self._room = asyncio.get_running_loop().create_future()
@@ -143,6 +146,27 @@ def test_the_allowance_holds_for_parked_and_for_bursts() -> None:
         assert "did not read" in writer.dropped
         writer.write(piece)
         assert server.aborted == 1
+
+    check(scenario)
+
+
+def test_what_waits_for_a_parked_client_is_counted_and_kept_in_few_pieces() -> None:
+    async def scenario(server: Server) -> None:
+        writer = server.writer
+        writer.start(200, "text/plain", {})
+        writer.flush()
+        server.fill()
+        writer.write("begin")
+        writer.flush()
+        server.unsent = 70
+        for _ in range(5000):
+            writer.write("token")
+            writer.flush()
+        assert writer.held_bytes() == 5 + 25_000 + 70
+        assert sys.getsizeof(writer._pending) + sum(map(sys.getsizeof, writer._pending)) < 2 * 25_000
+        server.unsent = 0
+        await server.drain()
+        assert server.bodies() == [(b"begin", True), (b"token" * 5000, True)]
 
     check(scenario)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from http_rig import Rig, running
 from wire_client import frames, post, refused, whole
 
-from minisgl.messages import AbortRequest, FinishReason, RequestError
+from minisgl.messages import AbortRequest, FinishReason, GenerateRequest, RequestError
 
 PATH = "/generate"
 TEXTS = ["Hel", "lo\n", "\u2028", "世界", "👩‍👩‍👧", '"\\', " end"]
@@ -64,13 +67,41 @@ def test_a_stream_repeats_the_text_and_ends_with_the_reason(rig: Rig) -> None:
 def test_what_arrives_together_is_one_event(rig: Rig) -> None:
     connection, (request,) = post(rig, PATH, {"text": "Hi", "stream": True})
     pieces = [f"<{index}>" for index in range(3000)]
+    assert rig.process.pid is not None
+    os.kill(rig.process.pid, signal.SIGSTOP)
     rig.answer(request, *pieces)
+    os.kill(rig.process.pid, signal.SIGCONT)
     events = frames(connection.getresponse())
     texts = [event["text"] for event in events]
     assert texts[-1] == "".join(pieces)
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert len(events) < 1500
     assert events[-1]["meta_info"]["completion_tokens"] == 3000
+
+
+def test_a_client_that_reads_late_gets_what_came_meanwhile_in_one_event(rig: Rig) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        client.connect(("127.0.0.1", rig.port))
+        body = b'{"text": "Hi", "stream": true}'
+        client.sendall(b"POST /generate HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        request = rig.from_http(GenerateRequest)
+        rig.delta(request, "first", opens=True)
+        pieces = ["first"]
+        while rig.stats()["slow_clients"] == 0:
+            pieces += ["x" * 50_000] * 5
+            for piece in pieces[-5:]:
+                rig.delta(request, piece)
+        small = [f"<{index}>" for index in range(2000)]
+        rig.answer(request, *small)
+        rig.stats(streams=0)
+        received = bytearray()
+        while part := client.recv(2**20):
+            received += part
+    events = [json.loads(line[6:]) for line in received.split(b"\n") if line.startswith(b"data: {")]
+    assert events[-1]["text"] == "".join([*pieces, *small])
+    assert events[-1]["meta_info"]["completion_tokens"] == len(events[-1]["output_ids"]) == len(pieces) + 2000
+    assert len(events) <= len(pieces) + 1
 
 
 def test_lists_are_answered_by_lists(rig: Rig) -> None:
