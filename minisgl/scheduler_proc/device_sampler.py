@@ -61,6 +61,7 @@ class DeviceSampler:
         self._block = InputBlock({"addresses": 6, "fields": len(Field) * max_rows}, device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._scratch = kernels.Scratch(max_rows, vocab_size, device)
+        self._sizes = [*(size for size in GRAPH_SIZES if size < max_rows), max_rows]
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._known: dict[Request, _Known] = {}
         self._marks: torch.Tensor | None = None
@@ -74,13 +75,14 @@ class DeviceSampler:
         self._block.fill(
             {"addresses": np.zeros(6, np.int32), "fields": np.zeros(len(Field) * self._max_rows, np.int32)}
         )
+        self._requests, self._positions = [], []
         self._launch(1, 2)
 
     def capture(self) -> None:
         """Capture the graphs; without them the kernels are launched one by one."""
         self.launch_all()
         torch.cuda.synchronize(self._device)
-        for size in (*(size for size in GRAPH_SIZES if size < self._max_rows), self._max_rows):
+        for size in self._sizes:
             for phases in range(3):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -104,11 +106,11 @@ class DeviceSampler:
             self._send(requests, positions, logits, likeliest)
             self._address, self._requests = address, requests
         self._positions = [position + 1 for position in positions]
-        size = min((size for size, _ in self._graphs if size >= len(rows)), default=0)
-        if size:
+        size = next(size for size in self._sizes if size >= len(rows))
+        if self._graphs:
             self._graphs[size, self._phases].replay()
         else:
-            self._launch(len(rows), self._phases)
+            self._launch(size, self._phases)
         tokens = self._tokens[: len(rows)]
         others = [index for index, request in enumerate(requests) if not _fits(request)]
         if others:

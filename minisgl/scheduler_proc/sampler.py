@@ -241,10 +241,9 @@ def _sample_filtered(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Ten
     weights, draws = _weights_and_draws(logits, batch, rows)
     total = weights.sum(dim=-1, keepdim=True, dtype=_wide(weights))
     filters = Filters(batch.top_ks[rows, None], batch.top_ps[rows, None], batch.min_ps[rows, None], total)
-    vocab_size = weights.shape[1]
     if logits.device.type != "cpu":
-        ranked, order = weights.sort(dim=-1, descending=True, stable=True)
-        return _draw(_in_order(_keep(ranked, filters), order), draws)
+        return _sample_sorted(weights, filters, draws)
+    vocab_size = weights.shape[1]
     ranked, order = weights.topk(min(CANDIDATES, vocab_size), dim=-1)
     kept = _keep(ranked, filters)
     order, by_token = order.sort(dim=-1)
@@ -256,12 +255,22 @@ def _sample_filtered(logits: torch.Tensor, batch: SamplingBatch, rows: torch.Ten
     enough = top_k_inside | ((filters.top_k >= vocab_size) & (top_p_inside | min_p_inside))
     (short,) = torch.nonzero(~enough.squeeze(-1), as_tuple=True)
     if len(short):
-        # numpy sorts with vector instructions, torch does not: 4 ms a row instead of 22 at 152,000 tokens.
-        order = torch.from_numpy(np.argsort(-weights[short].numpy(), axis=-1))
-        filters = Filters(*(column[short] for column in filters))
-        kept = _keep(weights[short].gather(1, order), filters)
-        tokens[short] = _draw(_in_order(kept, order), draws[short])
+        tokens[short] = _sample_sorted(weights[short], Filters(*(column[short] for column in filters)), draws[short])
     return tokens
+
+
+def _sample_sorted(weights: torch.Tensor, filters: Filters, draws: torch.Tensor) -> torch.Tensor:
+    """Filter all weights [rows, vocab] and draw; of equal ones the first are kept."""
+    if weights.device.type == "cpu":
+        # numpy sorts with vector instructions, torch does not.
+        ranked = torch.from_numpy(-np.sort(-weights.numpy(), axis=-1))
+    else:
+        ranked = weights.sort(dim=-1, descending=True).values
+    kept = _keep(ranked, filters)
+    last = kept.masked_fill(kept == 0.0, math.inf).amin(dim=-1, keepdim=True)
+    equal = weights == last
+    surplus = equal & (equal.cumsum(dim=-1) > (kept == last).sum(dim=-1, keepdim=True))
+    return _draw(weights.masked_fill(surplus | (weights < last), 0.0), draws)
 
 
 class Filters(NamedTuple):
@@ -276,16 +285,12 @@ class Filters(NamedTuple):
 def _keep(ranked: torch.Tensor, filters: Filters) -> torch.Tensor:
     """Weights sorted downwards ([rows, n]), those that are filtered out replaced by zeros."""
     rank = torch.arange(ranked.shape[1], device=ranked.device)
-    kept = ranked.masked_fill(rank >= filters.top_k, 0.0).to(_wide(ranked))
+    kept = ranked.masked_fill(rank >= filters.top_k, 0.0)
+    cumulative = kept.cumsum(dim=-1, dtype=_wide(ranked))
     # top_p is a share of what top_k left over; without top_k that is all, also when only candidates were ranked.
-    mass = torch.where(filters.top_k <= ranked.shape[1], kept.sum(dim=-1, keepdim=True), filters.total)
-    before = kept.cumsum(dim=-1) - kept
-    return kept.masked_fill_((before >= filters.top_p * mass) | (ranked < filters.min_p * ranked[:, :1]), 0.0)
-
-
-def _in_order(ranked: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Values of all tokens [rows, vocab], back from the order of their ranks to the vocabulary's."""
-    return torch.empty_like(ranked).scatter_(1, order, ranked)
+    mass = torch.where(filters.top_k <= ranked.shape[1], cumulative[:, -1:], filters.total)
+    dropped = (cumulative - kept >= filters.top_p * mass) | (ranked < filters.min_p * ranked[:, :1])
+    return kept.masked_fill_(dropped, 0.0)
 
 
 def _weights_and_draws(

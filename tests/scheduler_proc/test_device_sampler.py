@@ -72,7 +72,8 @@ def test_tokens_are_those_of_the_plain_sampler(captured: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     sampler = sampler_of(captured)
     requests = [request_of(index, fields) for index, fields in enumerate(WISHES)]
-    companies = [range(15), range(15), range(15), [6, 3, 14, 2], [6, 3, 14, 2], [3], range(14, -1, -1), range(3, 15)]
+    # Of 15 and 12 rows graphs for 16 are filled up with rows that must not leave a trace.
+    companies = [range(15), range(15), [6, 3, 14, 2], [6, 3, 14, 2], [3], range(14, 2, -1), [3, 10, 11]]
     for company in companies:
         rows = [row_of(requests[index]) for index in company]
         logits = torch.randn(len(rows), VOCAB_SIZE, generator=generator) * 3

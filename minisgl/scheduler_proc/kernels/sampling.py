@@ -427,7 +427,7 @@ def _choose(
     tl.store(tokens + row, tl.minimum(token, VOCAB - 1))
     tl.store(fields + _POSITION * ROWS + row, _whole(fields, row, ROWS, _POSITION) + 1)
     slot = _whole(fields, row, ROWS, _SLOT)
-    if slot >= 0:
+    if (slot >= 0) & (kind >= _LIKELIEST):
         mark = tl.load(addresses + 2).to(tl.pointer_type(tl.int16)) + slot.to(tl.int64) * VOCAB + token
         before = tl.load(mark).to(tl.int32)
         more = ((before & 0x7FFF) // _GENERATED < _MOST_GENERATED).to(tl.int32)
