@@ -137,6 +137,26 @@ def test_64_at_once() -> None:
     assert [serve(engine, DEMO, [request])[0][0] for request in requests[:64:8]] == together[::8]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_demo_model_on_cuda(dtype: str) -> None:
+    run_everywhere(DEMO, random_requests(8, 2560, 150), dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+def test_logits_on_cuda_are_the_same_alone_and_in_batches_of_any_size() -> None:
+    requests = random_requests(64, 2560, 60)
+    settings: dict[str, Any] = {"enable_deterministic_inference": True, "dtype": "bfloat16", "max_total_tokens": 16384}
+    engine = load_engine(DEMO, device="cuda", **settings)
+    recorder = Recorder(engine)
+    alone = [serve(engine, DEMO, [request], disable_radix_cache=True)[0][0] for request in requests[:12]]
+    for count in (7, 32, 64):
+        for chunk in (512, 20):
+            found, _ = serve(engine, DEMO, requests[:count], chunked_prefill_size=chunk, disable_radix_cache=True)
+            assert found[:12] == alone[:count]
+    assert recorder.differing == 0
+
+
 def test_without_the_flag_the_company_shows() -> None:
     """Else the tests above would prove nothing: the same comparison, of logits, on the fast path."""
     engine = load_engine(DEMO, dtype="bfloat16", max_total_tokens=8192)
