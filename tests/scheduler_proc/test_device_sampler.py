@@ -73,7 +73,7 @@ def test_tokens_are_those_of_the_plain_sampler(captured: bool) -> None:
     sampler = sampler_of(captured)
     requests = [request_of(index, fields) for index, fields in enumerate(WISHES)]
     # Of 15 and 12 rows graphs for 16 are filled up with rows that must not leave a trace.
-    companies = [range(15), range(15), [6, 3, 14, 2], [6, 3, 14, 2], [3], range(14, 2, -1), [3, 10, 11]]
+    companies = [range(15), [6, 3, 14, 10], [6, 3, 14, 10], [3], range(14, 2, -1)]
     for company in companies:
         rows = [row_of(requests[index]) for index in company]
         logits = torch.randn(len(rows), VOCAB_SIZE, generator=generator) * 3
@@ -108,7 +108,7 @@ def by_definition(logits: torch.Tensor, params: SamplingParams, position: int) -
 
 
 @CAPTURED
-@pytest.mark.parametrize("levels", [1, 2, 9])
+@pytest.mark.parametrize("levels", [1, 9])
 def test_of_equal_logits_the_first_are_kept(levels: int, captured: bool) -> None:
     """As in bfloat16, where many tokens have the same logit: ties at every border of the filters."""
     generator = torch.Generator().manual_seed(levels)
@@ -123,13 +123,11 @@ def test_of_equal_logits_the_first_are_kept(levels: int, captured: bool) -> None
         {},
     )
     sampler = sampler_of(captured, torch.bfloat16)
-    for repeat in range(2):
-        logits = torch.randint(0, levels, (len(fields), VOCAB_SIZE), generator=generator).to(torch.bfloat16) / 2
-        requests = [request_of(index + 20 * repeat, one) for index, one in enumerate(fields)]
-        on_device = logits.to(DEVICE)
-        found = sampler.sample([row_of(one) for one in requests], on_device, on_device.argmax(-1)).tolist()
-        expected = [by_definition(row, one.sampling, 9) for row, one in zip(logits, requests, strict=True)]
-        assert found == expected
+    logits = torch.randint(0, levels, (len(fields), VOCAB_SIZE), generator=generator).to(torch.bfloat16) / 2
+    requests = [request_of(index, one) for index, one in enumerate(fields)]
+    on_device = logits.to(DEVICE)
+    found = sampler.sample([row_of(one) for one in requests], on_device, on_device.argmax(-1)).tolist()
+    assert found == [by_definition(row, one.sampling, 9) for row, one in zip(logits, requests, strict=True)]
 
 
 def test_the_likeliest_token_is_taken_as_the_forward_found_it() -> None:
