@@ -19,7 +19,7 @@ from minisgl.scheduler_proc.kernels.elementwise import (  # noqa: E402
 )
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention  # noqa: E402
 from minisgl.scheduler_proc.kernels.prefill_attention import (  # noqa: E402
-    FILLING_PROGRAMS,
+    MOST_PROGRAMS,
     SHORTEST_SPAN,
     TABLE_FIELDS,
     PrefillTiles,
@@ -27,6 +27,7 @@ from minisgl.scheduler_proc.kernels.prefill_attention import (  # noqa: E402
 )
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-5
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, PAGES = 6, 2, 32, 4, 200
 
@@ -163,9 +164,9 @@ def check_prefill(
     for index, (start, count) in enumerate(chunks):
         rows.append((token, start, count, index * row_pages))
         token += count
-    tiles = PrefillTiles(heads, kv_heads, head_dim, DTYPE)
+    tiles = PrefillTiles(heads, kv_heads, head_dim, DTYPE, torch.device(DEVICE))
     table = tiles.table(rows, tiles.most(tokens, len(chunks)) + spare_tiles)
-    arrivals = torch.zeros(FILLING_PROGRAMS, dtype=torch.int32, device=DEVICE)
+    arrivals = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=DEVICE)
     found = prefill_attention(
         qkv,
         pool,
@@ -204,7 +205,7 @@ def test_prefill_attention_of_other_shapes(shape: tuple[int, int, int]) -> None:
 
 
 def test_a_table_of_tiles_covers_every_query_once() -> None:
-    tiles = PrefillTiles(14, 2, 64, torch.bfloat16)
+    tiles = PrefillTiles(14, 2, 64, torch.bfloat16, torch.device("cpu"))
     chunks = [(0, 5, 40, 7), (40, 0, 1, 9), (41, 30000, 471, 11)]
     most = tiles.most(512, 8)
     table = tiles.table(chunks, most)

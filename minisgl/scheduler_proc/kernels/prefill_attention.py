@@ -10,7 +10,7 @@ one that was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,10 +20,12 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _FIELDS = tl.constexpr(5)
 TABLE_FIELDS = 5
 """Numbers that describe a tile."""
-FILLING_PROGRAMS = 264
-"""Programs that fill the device: two for each of a Hopper GPU's 132 multiprocessors."""
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
+MOST_PROGRAMS = 2 * MULTIPROCESSORS
+"""That run at a time."""
 MOST_SPANS = 64
-SHORTEST_SPAN = 512
+SHORTEST_SPAN = 768
 """Keys a program walks through before sharing them with another, and combining both results, would pay."""
 
 
@@ -33,34 +35,47 @@ class TileShape:
 
     Attributes:
         rows: queries of a tile, counted once per head.
-        keys: keys that it looks at together.
-        warps, stages: warps of a program; loads of keys under way at a time.
+        keys, edge_keys: keys that it looks at together where every query sees all of them, and elsewhere.
+        warps, stages: warps of a program; blocks of keys in shared memory or on their way there.
+        programs: how many fill the device.
     """
 
     rows: int
     keys: int
+    edge_keys: int
     warps: int
     stages: int
+    programs: int = MOST_PROGRAMS
 
 
-def tile_shape(head_dim: int, group: int, dtype: torch.dtype) -> TileShape:
-    """The tiles for `group` query heads to a key head."""
+def tile_shape(head_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> TileShape:
+    """The tiles for `group` query heads to a key head: what was fastest on an H200, and fits in any GPU's memory."""
     if dtype.itemsize > 2:
-        shape = TileShape(rows=16, keys=32, warps=4, stages=1)
+        shape = TileShape(rows=32 if head_dim <= 64 else 16, keys=32, edge_keys=32, warps=4, stages=1)
     elif head_dim <= 64:
-        shape = TileShape(rows=128, keys=64, warps=4, stages=3)
+        shape = TileShape(rows=64, keys=128, edge_keys=32, warps=4, stages=3)
     elif head_dim <= 128:
-        shape = TileShape(rows=128, keys=64, warps=8, stages=2)
+        shape = TileShape(rows=128, keys=64, edge_keys=64, warps=8, stages=3, programs=MULTIPROCESSORS)
     else:
-        shape = TileShape(rows=64, keys=32, warps=4, stages=2)
-    return TileShape(max(shape.rows, triton.next_power_of_2(group)), shape.keys, shape.warps, shape.stages)
+        shape = TileShape(rows=64, keys=32, edge_keys=32, warps=4, stages=2)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        # Three stages take more shared memory than most other GPUs have.
+        shape = replace(shape, stages=min(shape.stages, 2))
+    return replace(shape, rows=max(shape.rows, triton.next_power_of_2(group)))
+
+
+@triton.jit
+def _page_ids(table, start, stop, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of the keys start .. start + BLOCK_N - 1, as far as they lie before stop."""
+    at = start + tl.arange(0, BLOCK_N)
+    return tl.load(table + at // PAGE_SIZE, mask=at < stop, other=0)
 
 
 @triton.jit
 def _attend_block(
     q,
     pool,
-    table,
+    page,
     start,
     stop,
     place,
@@ -81,11 +96,7 @@ def _attend_block(
     """Take the keys start .. start + BLOCK_N - 1 into the running softmax; only MASKED blocks may hide any of them."""
     dims = tl.arange(0, DIM_BLOCK)
     at = start + tl.arange(0, BLOCK_N)
-    if MASKED:
-        page = tl.load(table + at // PAGE_SIZE, mask=at < stop, other=0).to(tl.int64)
-    else:
-        page = tl.load(table + at // PAGE_SIZE).to(tl.int64)
-    keys = pool + ((page * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
+    keys = pool + ((page.to(tl.int64) * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
     keys = keys[:, None] + dims[None, :]
     if MASKED or DIM_BLOCK != HEAD_DIM:
         there = (at < stop)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -133,9 +144,12 @@ def _prefill(
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    # Results of several spans are loaded at once, as far as registers go.
+    UNROLL: tl.constexpr = 4 if DIM_BLOCK <= 64 else 2 if DIM_BLOCK <= 128 else 1
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     index = tl.program_id(2)
@@ -144,7 +158,7 @@ def _prefill(
     span = tl.load(tiles + tile * _FIELDS + 4)
     first = 0
     if HAS_WINDOW:
-        first = tl.maximum(position + 1 - window, 0) // BLOCK_N * BLOCK_N
+        first = tl.maximum(position + 1 - window, 0) // EDGE_N * EDGE_N
     end = position + count
     begin = first + index * span
     if begin < end:
@@ -164,20 +178,27 @@ def _prefill(
         total = tl.zeros((BLOCK_M,), tl.float32)
         sums = tl.zeros((BLOCK_M, DIM_BLOCK), tl.float32)
         stop = tl.minimum(begin + span, end)
-        hidden_from = begin
+        edge = begin
+        # Page ids are loaded a block ahead: keys would otherwise wait for their addresses.
         if not HAS_WINDOW:
-            # Up to here every query sees every key.
-            hidden_from += tl.maximum(tl.minimum(stop, position + 1) - begin, 0) // BLOCK_N * BLOCK_N
-            for start in range(begin, hidden_from, BLOCK_N):
+            # Up to the edge every query sees every key.
+            edge += tl.maximum(tl.minimum(stop, position + 1) - begin, 0) // BLOCK_N * BLOCK_N
+            page = _page_ids(table, begin, edge, PAGE_SIZE, BLOCK_N)
+            for start in range(begin, edge, BLOCK_N):
+                following = _page_ids(table, start + BLOCK_N, edge, PAGE_SIZE, BLOCK_N)
                 best, total, sums = _attend_block(
-                    q, pool, table, start, stop, place, kv_head, factor, window, best, total, sums,
+                    q, pool, page, start, stop, place, kv_head, factor, window, best, total, sums,
                     KV_HEADS, HEAD_DIM, DIM_BLOCK, PAGE_SIZE, BLOCK_N, False, HAS_WINDOW,
                 )  # fmt: skip
-        for start in range(hidden_from, stop, BLOCK_N):
+                page = following
+        page = _page_ids(table, edge, stop, PAGE_SIZE, EDGE_N)
+        for start in range(edge, stop, EDGE_N):
+            following = _page_ids(table, start + EDGE_N, stop, PAGE_SIZE, EDGE_N)
             best, total, sums = _attend_block(
-                q, pool, table, start, stop, place, kv_head, factor, window, best, total, sums,
-                KV_HEADS, HEAD_DIM, DIM_BLOCK, PAGE_SIZE, BLOCK_N, True, HAS_WINDOW,
+                q, pool, page, start, stop, place, kv_head, factor, window, best, total, sums,
+                KV_HEADS, HEAD_DIM, DIM_BLOCK, PAGE_SIZE, EDGE_N, True, HAS_WINDOW,
             )  # fmt: skip
+            page = following
 
         results = output + (token * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
         spans = tl.cdiv(end - first, span)
@@ -195,7 +216,7 @@ def _prefill(
                 best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
                 total = tl.zeros((BLOCK_M,), tl.float32)
                 sums = tl.zeros((BLOCK_M, DIM_BLOCK), tl.float32)
-                for other in range(spans):
+                for other in tl.range(0, spans, loop_unroll_factor=UNROLL):
                     part = (pair * tl.num_programs(2) + other) * BLOCK_M + rows
                     other_best = tl.load(partial_max + part, cache_modifier=".cg")
                     other_total = tl.load(partial_sum + part, cache_modifier=".cg")
@@ -218,9 +239,9 @@ class PrefillTiles:
         tokens: of a chunk in one tile.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         group = heads // kv_heads
-        self.shape = tile_shape(head_dim, group, dtype)
+        self.shape = tile_shape(head_dim, group, dtype, device)
         self.tokens = self.shape.rows // group
         self._kv_heads = kv_heads
 
@@ -230,7 +251,11 @@ class PrefillTiles:
 
     def most_spans(self, tiles: int) -> int:
         """Over how many programs one tile's keys are spread at most, where there are `tiles` tiles."""
-        return min(MOST_SPANS, max(1, 2 * FILLING_PROGRAMS // (tiles * self._kv_heads)))
+        return min(MOST_SPANS, max(1, 2 * self.shape.programs // (tiles * self._kv_heads)))
+
+    def _programs(self, counts: Sequence[int], ends: Sequence[int], span: int) -> int:
+        """How many programs have work where tiles up to position `end` are cut into spans."""
+        return sum(count * -(-end // span) for count, end in zip(counts, ends, strict=True)) * self._kv_heads
 
     def table(self, chunks: Sequence[tuple[int, int, int, int]], tiles: int) -> list[int]:
         """The flat int32 table of a step's tiles, padded to `tiles` of them.
@@ -245,8 +270,11 @@ class PrefillTiles:
         counts = [-(-count // self.tokens) for _, _, count, _ in chunks]
         ends = [position + count for _, position, count, _ in chunks]
         work = sum(count * end for count, end in zip(counts, ends, strict=True)) * self._kv_heads
-        span = max(SHORTEST_SPAN, work // FILLING_PROGRAMS, -(-max(ends, default=0) // self.most_spans(tiles)))
+        longest = max(ends, default=0)
+        span = max(SHORTEST_SPAN, work // self.shape.programs, -(-longest // self.most_spans(tiles)))
         span = -(-span // self.shape.keys) * self.shape.keys
+        while span < longest and self._programs(counts, ends, span) > self.shape.programs:
+            span += self.shape.keys
         table: list[int] = []
         for token, position, count, pages_at in chunks:
             for offset in range(0, count, self.tokens):
@@ -273,7 +301,7 @@ def prefill_attention(
         pool: [slots, 2, kv heads, head_dim], with the keys and values of this step already in it.
         page_table: int32, flat.
         table: int32, of tiles.table.
-        arrivals: int32 [at least FILLING_PROGRAMS], zero, and zero again afterwards.
+        arrivals: int32 [MOST_PROGRAMS], zero, and zero again afterwards.
 
     Returns:
         [tokens, heads, head_dim]; tokens in no tile hold arbitrary values.
@@ -309,6 +337,7 @@ def prefill_attention(
         PAGE_SIZE=page_size,
         BLOCK_M=shape.rows,
         BLOCK_N=shape.keys,
+        EDGE_N=shape.edge_keys,
         HAS_WINDOW=window is not None,
         num_warps=shape.warps,
         num_stages=shape.stages,
