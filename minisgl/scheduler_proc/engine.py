@@ -27,14 +27,17 @@ from minisgl.scheduler_proc.device import (
 )
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
+from minisgl.scheduler_proc.models.config import parse_config, read_config
 from minisgl.scheduler_proc.models.decoder import Decoder
-from minisgl.scheduler_proc.models.forward_batch import make_forward_batch, to_host
+from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch, to_host
+from minisgl.scheduler_proc.models.linear import PLAIN
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
 from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
 from minisgl.scheduler_proc.scheduler import SchedulerLimits
 
 if TYPE_CHECKING:
+    from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
     from minisgl.scheduler_proc.cuda_graphs import GraphRunner, StepLogits
 
 logger = logging.getLogger(__name__)
@@ -70,8 +73,8 @@ class StepEngine:
 
     def __init__(
         self,
-        model: Model,
-        attention: AttentionBackend,
+        model: Model | TiledDecoder,
+        forward: Callable[[ForwardBatch], torch.Tensor],
         graphs: GraphRunner | None,
         pool: KVPool,
         num_pages: int,
@@ -86,8 +89,7 @@ class StepEngine:
         self.weight_bytes = model.weight_bytes
         self.kv_bytes_per_token = bytes_per_token(model.kv_shapes, pool.layers[0].dtype)
         self.runs_ahead = graphs is not None
-        self._model = model
-        self._attention = attention
+        self._forward = forward
         self.graphs = graphs
         self._limits = limits
         self._device = device
@@ -110,6 +112,8 @@ class StepEngine:
         dtype = choose_dtype(config, device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        page_size = config.page_size or DEFAULT_PAGE_SIZE
+        tiled = _use_tiles(config, Path(model.directory), device, dtype, page_size)
         progress("loading weights", 0, 0)
         with torch.inference_mode():
             loaded = load_model(
@@ -120,21 +124,24 @@ class StepEngine:
                 dummy_seed=config.random_seed if config.load_format == "dummy" else None,
                 trust_remote_code=config.trust_remote_code,
                 progress=lambda done, total: progress("loading weights", done, total),
-                linears=choose_linears(config, device, dtype),
+                linears=PLAIN if tiled else choose_linears(config, device, dtype),
             )
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
+            tiles = _cut_into_tiles(loaded, threads, partial(progress, "packing weights")) if tiled else None
 
             def make_engine(num_pages: int) -> StepEngine:
                 # One page more than the scheduler may use: the graphs' padding rows write there.
                 pool = KVPool(loaded.kv_shapes, num_pages + 1, page_size, dtype, device)
-                attention = make_attention("fixed_tiles" if deterministic else "torch_sdpa", pool)
+                plain = partial(
+                    _forward, loaded, make_attention("fixed_tiles" if deterministic else "torch_sdpa", pool)
+                )
+                forward = tiles.over(pool) if tiles is not None else plain
                 graphs = _make_graphs(loaded, pool, limits) if fused else None
-                return cls(loaded, attention, graphs, pool, num_pages, limits, device, threads)
+                return cls(tiles or loaded, forward, graphs, pool, num_pages, limits, device, threads)
 
             deterministic = _be_deterministic(config, loaded)
             fused = not deterministic and _use_fused_kernels(config, loaded, device)
 
-            page_size = config.page_size or DEFAULT_PAGE_SIZE
             limits = scheduler_limits(config, model, str(device))
             if fused:
                 progress("compiling kernels", 0, 0)
@@ -212,7 +219,7 @@ class StepEngine:
         sampling = [row for row in plan.rows if row.sample]
         columns = sampling_columns(sampling, self._limits.vocab_size)
         batch, tensors = make_forward_batch(plan, self.page_size, self._device, columns)
-        logits = self._model.forward(batch, self._attention.begin_step(batch))
+        logits = self._forward(batch)
         tokens, finite = sample(logits[: len(sampling)], SamplingBatch(*tensors))
         return to_host(torch.stack((tokens, finite.long()))), score_rows(plan.rows, logits, tokens)
 
@@ -253,6 +260,44 @@ class StepEngine:
     def logprobs(self, step: InFlightStep) -> list[RowLogprobs]:
         """What rows of a retired step asked for."""
         return [found for pending in step.logprobs for found in pending.arrived()]
+
+
+def _forward(model: Model, attention: AttentionBackend, batch: ForwardBatch) -> torch.Tensor:
+    return model.forward(batch, attention.begin_step(batch))
+
+
+def _use_tiles(config: ServerConfig, directory: Path, device: torch.device, dtype: torch.dtype, page_size: int) -> bool:
+    """Whether the CPU's tiles run this model; raises ConfigError when that was asked for and cannot be."""
+    possible = (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and config.quantization is None
+        and not config.enable_deterministic_inference
+        and config.attention_backend in ("auto", "amx")
+        and find_spec("numba") is not None
+        and _shape_fits_tiles(directory, page_size)
+    )
+    if config.attention_backend == "amx" and not possible:
+        raise ConfigError(
+            "--attention-backend amx needs an x86 CPU with AMX, Linux, the numba package, bfloat16, a page size that "
+            "is a multiple of 16 and a Llama, Mistral, Qwen2 or Qwen3 model; leave the flag out to use what works here"
+        )
+    return possible
+
+
+def _shape_fits_tiles(directory: Path, page_size: int) -> bool:
+    # Imported here because numba and its compiler are needed for nothing else.
+    from minisgl.scheduler_proc.cpu.tiled_decoder import tiles_fit
+
+    model_config = parse_config(read_config(directory))
+    return model_config is not None and tiles_fit(model_config, page_size)
+
+
+def _cut_into_tiles(model: Model, threads: int, progress: Callable[[int, int], None]) -> TiledDecoder:
+    from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
+
+    assert isinstance(model, Decoder)
+    return TiledDecoder(model, threads, progress)
 
 
 def _be_deterministic(config: ServerConfig, model: Model) -> bool:

@@ -18,15 +18,15 @@ class Rope:
 
     def __init__(self, inverse_frequencies: torch.Tensor, scaling: float, dtype: torch.dtype) -> None:
         """`inverse_frequencies` is float32 [head_dim / 2]; `scaling` multiplies sines and cosines (yarn)."""
-        self._inverse_frequencies = inverse_frequencies
-        self._scaling = scaling
+        self.inverse_frequencies = inverse_frequencies
+        self.scaling = scaling
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors for `rotate_` at int positions [tokens]: two tensors [tokens, 1, head_dim] in the model's dtype."""
-        angles = positions[:, None].float() * self._inverse_frequencies
-        cos = torch.cos(angles) * self._scaling
-        sin = torch.sin(angles) * self._scaling
+        angles = positions[:, None].float() * self.inverse_frequencies
+        cos = torch.cos(angles) * self.scaling
+        sin = torch.sin(angles) * self.scaling
         cos = torch.cat((cos, cos), dim=-1)
         # The sign of the half that is negated sits in the factor, so that a plain roll swaps the halves.
         sin = torch.cat((-sin, sin), dim=-1)

@@ -1,0 +1,223 @@
+"""Attention of one tile: 16 query heads that share a key head, against the pages before them.
+
+The pool keeps blocks of 16 tokens. For each key head a block has the keys [16, head_dim], then the values transposed,
+[head_dim, 16], so that both are tiles as they lie. Scores come out transposed, too, [keys, queries]: the softmax then
+runs down columns, sixteen at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
+from minisgl.scheduler_proc.cpu.intrinsics import tile_load, tile_multiply, tile_shapes, tile_store, tile_zero
+from minisgl.scheduler_proc.cpu.memory import (
+    get_float,
+    get_int,
+    get_long,
+    get_word,
+    set_float,
+    set_int,
+    set_long,
+    set_short,
+    set_word,
+)
+from minisgl.scheduler_proc.cpu.numbers import LOG2_E, exp2, to_bfloat16
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH
+
+SEGMENT = 256
+"""Keys whose scores are in the first-level cache together."""
+AT_ONCE = 4
+"""Blocks of keys, and blocks of 16 value columns, whose sums are in tiles together."""
+LOWEST = np.float32(-1e30)
+"""Below every score; finite, so that no difference of two is NaN."""
+
+zero_0, zero_1, zero_2, zero_3 = tile_zero(0), tile_zero(1), tile_zero(2), tile_zero(3)
+load_keys, load_queries = tile_load(4), tile_load(6)
+load_values, load_weights = tile_load(5), tile_load(7)
+store_0, store_1, store_2, store_3 = tile_store(0), tile_store(1), tile_store(2), tile_store(3)
+score_0, score_1, score_2, score_3 = (tile_multiply(tile, 4, 6) for tile in range(4))
+sum_0, sum_1, sum_2, sum_3 = (tile_multiply(tile, 5, 7) for tile in range(4))
+
+SHAPES = tile_shapes(
+    {0: (16, 64), 1: (16, 64), 2: (16, 64), 3: (16, 64), 4: (16, 64), 5: (16, 32), 6: (16, 64), 7: (8, 64)}
+)
+"""Sums in 0 to 3; 16 keys by 32 columns in 4, 32 columns by 16 queries in 6; 16 columns by 16 values in 5, 16 weights
+by 16 queries in 7."""
+
+
+@inlined
+def block_bytes(shape):
+    """Of one block of the pool: 16 keys and values of every key head."""
+    return BLOCK * 2 * shape.kv_heads * 2 * shape.half * 2
+
+
+@inlined
+def head_bytes(shape):
+    """Of one head's 16 keys, which its 16 values follow."""
+    return BLOCK * 2 * shape.half * 2
+
+
+@compiled
+def _score(blocks, count, depths, queries, scores):
+    """Products of every key with 16 queries, float32 [keys, 16] at `scores`; blocks go on to a multiple of 4."""
+    row_bytes = depths * DEPTH * 2
+    for block in range(0, count, AT_ONCE):
+        zero_0()
+        zero_1()
+        zero_2()
+        zero_3()
+        for depth in range(depths):
+            load_queries(queries + depth * 1024, 64)
+            load_keys(get_long(blocks, block) + depth * 64, row_bytes)
+            score_0()
+            load_keys(get_long(blocks, block + 1) + depth * 64, row_bytes)
+            score_1()
+            load_keys(get_long(blocks, block + 2) + depth * 64, row_bytes)
+            score_2()
+            load_keys(get_long(blocks, block + 3) + depth * 64, row_bytes)
+            score_3()
+        here = scores + block * 1024
+        store_0(here, 64)
+        store_1(here + 1024, 64)
+        store_2(here + 2048, 64)
+        store_3(here + 3072, 64)
+
+
+@compiled
+def _sum_values(blocks, count, offset, columns, weights, sums):
+    """Weighted sums of 32 or 64 value columns, float32 [columns, 16] at `sums`; values are `offset` after keys."""
+    zero_0()
+    zero_1()
+    if columns == 64:
+        zero_2()
+        zero_3()
+        for block in range(count):
+            values = get_long(blocks, block) + offset
+            load_weights(weights + block * 512, 64)
+            load_values(values, 32)
+            sum_0()
+            load_values(values + 512, 32)
+            sum_1()
+            load_values(values + 1024, 32)
+            sum_2()
+            load_values(values + 1536, 32)
+            sum_3()
+        store_2(sums + 2048, 64)
+        store_3(sums + 3072, 64)
+    else:
+        for block in range(count):
+            values = get_long(blocks, block) + offset
+            load_weights(weights + block * 512, 64)
+            load_values(values, 32)
+            sum_0()
+            load_values(values + 512, 32)
+            sum_1()
+    store_0(sums, 64)
+    store_1(sums + 1024, 64)
+
+
+@compiled
+def _hide(scores, keys, first_key, lows, limits):
+    """Make the scores of keys that a query does not see -inf; row 0 is the key at position `first_key`."""
+    for key in range(keys):
+        at, row = np.int32(first_key + key), key * BLOCK
+        for query in range(BLOCK):
+            seen = get_int(lows, query) <= at and at < get_int(limits, query)
+            set_float(scores, row + query, get_float(scores, row + query) if seen else np.float32(-np.inf))
+
+
+@compiled
+def _weigh(scores, keys, factor, scratch):
+    """One more segment of an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) for 16 queries.
+
+    Brings scratch.highest (of scores times factor) and scratch.totals up to date, sets scratch.shrink to what earlier
+    sums have to be multiplied with, and scratch.weights to 2**(score * factor - highest).
+    """
+    for query in range(BLOCK):
+        set_float(scratch.shrink, query, LOWEST)
+    for key in range(keys):
+        for query in range(BLOCK):
+            top = max(get_float(scratch.shrink, query), get_float(scores, key * BLOCK + query))
+            set_float(scratch.shrink, query, top)
+    for query in range(BLOCK):
+        before = get_float(scratch.highest, query)
+        now = max(get_float(scratch.shrink, query) * factor, before)
+        shrink = exp2(before - now)
+        set_float(scratch.highest, query, now)
+        set_float(scratch.shrink, query, shrink)
+        set_float(scratch.totals, query, get_float(scratch.totals, query) * shrink)
+    for pair in range(keys // 2):
+        row = 2 * pair * BLOCK
+        for query in range(BLOCK):
+            highest = get_float(scratch.highest, query)
+            low = exp2(get_float(scores, row + query) * factor - highest)
+            high = exp2(get_float(scores, row + BLOCK + query) * factor - highest)
+            set_float(scratch.totals, query, get_float(scratch.totals, query) + (low + high))
+            both = np.uint32(to_bfloat16(low)) | np.uint32(to_bfloat16(high)) << np.uint32(16)
+            set_word(scratch.weights, pair * BLOCK + query, both)
+
+
+@compiled
+def _merge(output, sums, columns, shrink):
+    """output = output * shrink + sums, float32 [columns, 16] each."""
+    for column in range(columns):
+        for query in range(BLOCK):
+            index = column * BLOCK + query
+            set_float(output, index, get_float(output, index) * get_float(shrink, query) + get_float(sums, index))
+
+
+@compiled
+def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, attended, scratch):
+    """Attention of one tile: query heads 16 * tile and up of a part's, counted token by token.
+
+    Args:
+        pool: address of the layer.
+        window: positions that a query sees.
+        query, attended: of all tokens, see Buffers.
+    """
+    begin, start, count = get_int(batch.begins, part), get_int(batch.starts, part), get_int(batch.counts, part)
+    pages = batch.pages + 4 * get_int(batch.page_begins, part)
+    group, half = shape.group, shape.half
+    head_dim = 2 * half
+    first = tile * BLOCK
+    last = min(first + BLOCK, count * group) - 1
+    for column in range(BLOCK):
+        # Columns beyond the last are computed like the last, and not stored.
+        token = min(first + column, last) // group
+        head = kv_head * group + min(first + column, last) % group
+        set_int(scratch.limits, column, np.int32(start + token + 1))
+        set_int(scratch.lows, column, np.int32(max(0, start + token + 1 - window)))
+        source = query + ((begin + token) * shape.heads + head) * head_dim * 2
+        for pair in range(half):
+            set_word(scratch.query_tile, pair * BLOCK + column, get_word(source, pair))
+    for column in range(BLOCK):
+        set_float(scratch.highest, column, LOWEST)
+        set_float(scratch.totals, column, np.float32(0.0))
+    for index in range(head_dim * BLOCK):
+        set_float(scratch.output, index, np.float32(0.0))
+    factor = LOG2_E / np.sqrt(np.float32(head_dim))
+    first_key = get_int(scratch.lows, 0) // BLOCK * BLOCK
+    end_key = get_int(scratch.limits, BLOCK - 1)
+    for key in range(first_key, end_key, SEGMENT):
+        blocks = (min(SEGMENT, end_key - key) + BLOCK - 1) // BLOCK
+        for block in range((blocks + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
+            position = key + min(block, blocks - 1) * BLOCK
+            slot = get_int(pages, position // page_size) * page_size + position % page_size
+            keys = pool + slot // BLOCK * block_bytes(shape) + kv_head * 2 * head_bytes(shape)
+            set_long(scratch.blocks, block, keys)
+        _score(scratch.blocks, blocks, head_dim // DEPTH, scratch.query_tile, scratch.scores)
+        if key < get_int(scratch.lows, BLOCK - 1) or key + blocks * BLOCK > get_int(scratch.limits, 0):
+            _hide(scratch.scores, blocks * BLOCK, key, scratch.lows, scratch.limits)
+        _weigh(scratch.scores, blocks * BLOCK, factor, scratch)
+        for column in range(0, head_dim, 64):
+            width = min(64, head_dim - column)
+            offset = head_bytes(shape) + column * BLOCK * 2
+            _sum_values(scratch.blocks, blocks, offset, width, scratch.weights, scratch.sums)
+            _merge(scratch.output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
+    for index in range(last - first + 1):
+        token, head = (first + index) // group, kv_head * group + (first + index) % group
+        target = attended + ((begin + token) * shape.heads + head) * head_dim * 2
+        portion = np.float32(1.0) / get_float(scratch.totals, index)
+        for column in range(head_dim):
+            set_short(target, column, to_bfloat16(get_float(scratch.output, column * BLOCK + index) * portion))

@@ -1,0 +1,158 @@
+"""What a step reads and writes, as addresses: plain numbers are all that compiled functions are given.
+
+Arrays would work, too, but numba then compiles ten times as long: each of their uses counts references and checks
+shapes. Elements are read and set with `get_...` and `set_...`, from an address and an index.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numba import types
+
+from minisgl.scheduler_proc.cpu.intrinsics import loader, storer
+
+get_float, set_float = loader(types.float32), storer(types.float32)
+get_short, set_short = loader(types.uint16), storer(types.uint16)
+get_word, set_word = loader(types.uint32), storer(types.uint32)
+get_int, set_int = loader(types.int32), storer(types.int32)
+get_long, set_long = loader(types.int64), storer(types.int64)
+
+
+class Shape(NamedTuple):
+    """The model's sizes; `half` is head_dim / 2, `group` the query heads that share a key head."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    group: int
+    half: int
+    intermediate: int
+    vocab: int
+    epsilon: float
+    has_head_norms: bool
+
+
+class Weights(NamedTuple):
+    """A model. Matrices are packed (see tiles.pack), norms and biases float32; biases that a model lacks are zero.
+
+    Attributes:
+        embedding: bfloat16 [vocab, hidden].
+        matrices: int64 [layers, 4], addresses of qkv, output, gate_up, down.
+        head: the packed matrix.
+        norms: [layers, 2, hidden], before attention and before the MLP.
+        last_norm: [hidden].
+        qkv_bias: [layers, (heads + 2 kv heads) * head_dim].
+        head_norms: [layers, heads + kv heads, head_dim], if the model has them.
+        output_bias, down_bias: [layers, hidden].
+        gate_up_bias: [layers, 2 * intermediate].
+        windows: int32 [layers], positions that a query sees, its own included.
+    """
+
+    embedding: int
+    matrices: int
+    head: int
+    norms: int
+    last_norm: int
+    qkv_bias: int
+    head_norms: int
+    output_bias: int
+    gate_up_bias: int
+    down_bias: int
+    windows: int
+
+
+class Batch(NamedTuple):
+    """A step's tokens, and the parts that they belong to: a decode row, or a chunk of a prompt. int32 unless said.
+
+    Attributes:
+        tokens, sampled_tokens, tiles: how many there are.
+        input_ids: [tokens].
+        slots: int64 [tokens], where keys and values go.
+        cos, sin: float32 [tokens, half].
+        sampled: [sampled tokens], those that get logits.
+        begins, starts, counts: [parts], a part's first token, that token's position, and how many there are.
+        page_begins: [parts], where a part's page ids begin in `pages`.
+        tile_parts, tile_numbers: [tiles], the part of each tile of 16 query heads, and the tile's number in it.
+    """
+
+    tokens: int
+    sampled_tokens: int
+    tiles: int
+    input_ids: int
+    slots: int
+    cos: int
+    sin: int
+    sampled: int
+    begins: int
+    starts: int
+    counts: int
+    page_begins: int
+    pages: int
+    tile_parts: int
+    tile_numbers: int
+
+
+class Pool(NamedTuple):
+    """The KV pool: int64 [layers], addresses. For the layout see attention.py."""
+
+    layers: int
+    page_size: int
+
+
+class Buffers(NamedTuple):
+    """Memory between phases; rows are filled up to a multiple of 32, since tiles read whole blocks.
+
+    Attributes:
+        hidden: float32 [rows, hidden], the residual stream; `last_hidden` has the sampled rows' in the last layer.
+        normed: bfloat16 [rows, hidden].
+        qkv: float32 [rows, (heads + 2 kv heads) * head_dim].
+        query: bfloat16 [rows, heads * head_dim], rotated.
+        attended: bfloat16 [rows, heads * head_dim]; `last_attended` has the sampled rows' in the last layer.
+        activated: bfloat16 [rows, intermediate].
+        logits: float32 [rows, vocab].
+    """
+
+    hidden: int
+    normed: int
+    qkv: int
+    query: int
+    attended: int
+    activated: int
+    last_hidden: int
+    last_attended: int
+    logits: int
+
+
+class Scratch(NamedTuple):
+    """One thread's own memory.
+
+    Attributes:
+        sums: float32 [32, 32], a product's outputs as they leave the tiles.
+        whole_shapes, rest_shapes, sampled_shapes, attention_shapes: tile shapes for 32 rows, for the rows beyond the
+            step's last 32, the same for its sampled rows, and for attention.
+        query_tile: words [half, 16], two bfloat16 each: a tile of queries.
+        lows, limits: int32 [16], which keys its queries see.
+        blocks: int64, addresses of the keys of a segment's blocks.
+        scores: float32 [segment, 16].
+        weights: words [segment / 2, 16], the softmax's numerators, two keys' bfloat16 each.
+        highest, totals, shrink: float32 [16], of the online softmax.
+        output: float32 [head_dim, 16].
+    """
+
+    sums: int
+    whole_shapes: int
+    rest_shapes: int
+    sampled_shapes: int
+    attention_shapes: int
+    query_tile: int
+    lows: int
+    limits: int
+    blocks: int
+    scores: int
+    weights: int
+    highest: int
+    totals: int
+    shrink: int
+    output: int

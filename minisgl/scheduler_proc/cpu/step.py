@@ -1,0 +1,277 @@
+"""One whole step of a decoder, from token ids to logits, as a function that every thread of a team runs.
+
+The threads go through the same phases; in each they take items (rows, blocks of output columns, tiles of attention)
+until none is left, then wait for each other. Between the tiles everything is float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisgl.scheduler_proc.cpu.attention import attend, block_bytes, head_bytes
+from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum
+from minisgl.scheduler_proc.cpu.intrinsics import tile_configure, tile_release
+from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, get_short, set_float, set_short
+from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, silu, to_bfloat16
+from minisgl.scheduler_proc.cpu.team import take, wait_for_all
+from minisgl.scheduler_proc.cpu.tiles import AHEAD, BLOCK, DEPTH, PAIR, multiply
+
+PHASES_PER_LAYER = 9
+OTHER_PHASES = 4
+GROUP_BYTES = 2**20
+"""Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
+
+STORE, ADD, ACTIVATE = 0, 1, 2
+"""What becomes of a product: it is stored, added to what is there, or goes through the MLP's activation."""
+
+
+@compiled_to_sum
+def _norm_factor(row, columns, epsilon):
+    """1 / sqrt(mean of squares + epsilon) of a float32 row."""
+    total = np.float32(0.0)
+    for column in range(columns):
+        total += get_float(row, column) * get_float(row, column)
+    return np.float32(1.0) / np.sqrt(total / np.float32(columns) + np.float32(epsilon))
+
+
+@compiled
+def _norm_row(row, columns, weight, epsilon, target):
+    """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) of one float32 row, rounded to bfloat16."""
+    factor = _norm_factor(row, columns, epsilon)
+    for column in range(columns):
+        set_short(target, column, to_bfloat16(get_float(row, column) * factor * get_float(weight, column)))
+
+
+@compiled
+def _norm_rows(counts, phase, shape, rows, source, weight, target):
+    while True:
+        row = take(counts, phase)
+        if row >= rows:
+            return
+        at = row * shape.hidden
+        _norm_row(source + 4 * at, shape.hidden, weight, shape.epsilon, target + 2 * at)
+
+
+@compiled
+def _embed_and_norm(counts, phase, shape, batch, weights, buffers):
+    while True:
+        row = take(counts, phase)
+        if row >= batch.tokens:
+            return
+        source = weights.embedding + 2 * get_int(batch.input_ids, row) * shape.hidden
+        target = buffers.hidden + 4 * row * shape.hidden
+        for column in range(shape.hidden):
+            set_float(target, column, from_bfloat16(get_short(source, column)))
+        _norm_row(target, shape.hidden, weights.norms, shape.epsilon, buffers.normed + 2 * row * shape.hidden)
+
+
+@compiled
+def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
+    """Bring a product's sums [rows, 32] where they belong; see STORE, ADD and ACTIVATE.
+
+    Args:
+        columns: that exist of the 32.
+        bias: address of the first column's, or 0; `up_bias` the same for the second 16 columns if they are ACTIVATEd.
+        target: address of the first element; rows are `stride` elements apart.
+    """
+    for row in range(rows):
+        source = sums + row * PAIR * 4
+        if kind == STORE and bias == 0:
+            for column in range(columns):
+                set_float(target, row * stride + column, get_float(source, column))
+        elif kind == STORE:
+            for column in range(columns):
+                set_float(target, row * stride + column, get_float(source, column) + get_float(bias, column))
+        elif kind == ADD:
+            for column in range(columns):
+                value = get_float(source, column) + get_float(bias, column)
+                set_float(target, row * stride + column, get_float(target, row * stride + column) + value)
+        else:
+            for column in range(BLOCK):
+                gate = get_float(source, column) + get_float(bias, column)
+                up = get_float(source, BLOCK + column) + get_float(up_bias, column)
+                set_short(target, row * stride + column, to_bfloat16(silu(gate) * up))
+
+
+@compiled
+def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch, rest_shapes):
+    """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
+
+    Args:
+        kind: what becomes of the outputs.
+        source: bfloat16 [rows, depths * 32].
+        columns: of the output, as it is stored.
+        bias: float32 [columns] (with ACTIVATE gate's, then up's), or 0 for none.
+        target: float32 [rows, columns], with ACTIVATE bfloat16.
+        rest_shapes: tile shapes for the rows beyond the last 32.
+    """
+    row_bytes = depths * DEPTH * 2
+    width = BLOCK if kind == ACTIVATE else PAIR
+    pairs = (columns + width - 1) // width
+    group = max(GROUP_BYTES // (row_bytes * PAIR), 1) * PAIR
+    groups = (rows + group - 1) // group
+    configured = 0
+    while True:
+        item = take(counts, phase)
+        if item >= pairs * groups:
+            return
+        begin, pair = item // pairs * group, item % pairs
+        column = pair * width
+        here = min(width, columns - column)
+        first = pair if kind == ACTIVATE else 2 * pair
+        second = pair + pairs if kind == ACTIVATE else first + 1
+        gate_bias = bias + 4 * column if bias else 0
+        for row in range(begin, min(begin + group, rows), PAIR):
+            count = min(PAIR, rows - row)
+            shapes = scratch.whole_shapes if count == PAIR else rest_shapes
+            if shapes != configured:
+                tile_configure(shapes)
+                configured = shapes
+            ahead = AHEAD if row == begin else 0
+            multiply(weight, first, second, depths, source + row * row_bytes, row_bytes, count, ahead, scratch.sums)
+            place = target + (row * columns + column) * (2 if kind == ACTIVATE else 4)
+            _use_sums(kind, scratch.sums, count, here, gate_bias, gate_bias + 4 * columns, place, columns)
+
+
+@compiled
+def _rotate(head, half, cos, sin):
+    """Rotate a float32 head [2 * half] in place by a position's angles (Su et al. 2021, arXiv 2104.09864)."""
+    for column in range(half):
+        one, other = get_float(head, column), get_float(head, column + half)
+        set_float(head, column, one * get_float(cos, column) - other * get_float(sin, column))
+        set_float(head, column + half, other * get_float(cos, column) + one * get_float(sin, column))
+
+
+@compiled
+def _scale_head(head, columns, weight, epsilon):
+    factor = _norm_factor(head, columns, epsilon)
+    for column in range(columns):
+        set_float(head, column, get_float(head, column) * factor * get_float(weight, column))
+
+
+@compiled
+def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers):
+    """Norm and rotate each token's query and key heads; store queries for attention, keys and values in the pool."""
+    heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
+    head_dim = 2 * half
+    while True:
+        token = take(counts, phase)
+        if token >= batch.tokens:
+            return
+        slot = get_long(batch.slots, token)
+        block = pool + slot // BLOCK * block_bytes(shape)
+        place = slot % BLOCK
+        cos, sin = batch.cos + 4 * token * half, batch.sin + 4 * token * half
+        for number in range(heads + 2 * kv_heads):
+            head = buffers.qkv + 4 * (token * (heads + 2 * kv_heads) + number) * head_dim
+            if number < heads + kv_heads:
+                if shape.has_head_norms:
+                    norm = weights.head_norms + 4 * (layer * (heads + kv_heads) + number) * head_dim
+                    _scale_head(head, head_dim, norm, shape.epsilon)
+                _rotate(head, half, cos, sin)
+            if number < heads:
+                target, step = buffers.query + 2 * (token * heads + number) * head_dim, 1
+            elif number < heads + kv_heads:
+                target, step = block + (number - heads) * 2 * head_bytes(shape) + 2 * place * head_dim, 1
+            else:
+                values = ((number - heads - kv_heads) * 2 + 1) * head_bytes(shape)
+                target, step = block + values + 2 * place, BLOCK
+            # What overflows must not stay in pages that another request gets: zero times NaN is NaN.
+            for column in range(head_dim):
+                set_short(target, column * step, finite_or_zero(to_bfloat16(get_float(head, column))))
+
+
+@compiled
+def _attend_all(counts, phase, shape, layer, batch, weights, pool, page_size, buffers, scratch):
+    tile_configure(scratch.attention_shapes)
+    window = get_int(weights.windows, layer)
+    while True:
+        item = take(counts, phase)
+        if item >= batch.tiles * shape.kv_heads:
+            return
+        index, kv_head = item // shape.kv_heads, item % shape.kv_heads
+        part, tile = get_int(batch.tile_parts, index), get_int(batch.tile_numbers, index)
+        attend(shape, batch, part, tile, kv_head, pool, page_size, window, buffers.query, buffers.attended, scratch)
+
+
+@compiled
+def _gather_sampled(counts, phase, shape, batch, buffers):
+    width = shape.heads * 2 * shape.half
+    while True:
+        row = take(counts, phase)
+        if row >= batch.sampled_tokens:
+            return
+        token = get_int(batch.sampled, row)
+        for column in range(shape.hidden):
+            value = get_float(buffers.hidden, token * shape.hidden + column)
+            set_float(buffers.last_hidden, row * shape.hidden + column, value)
+        for column in range(width):
+            bits = get_short(buffers.attended, token * width + column)
+            set_short(buffers.last_attended, row * width + column, bits)
+
+
+@compiled
+def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
+    """One thread's share of a step; buffers.logits has the sampled tokens' logits when all have returned.
+
+    Args:
+        counts: address of zeroed counters for all phases.
+        threads: how many run this.
+        scratch: this thread's own.
+    """
+    phase = 0
+    width = shape.heads * 2 * shape.half
+    qkv_width = (shape.heads + 2 * shape.kv_heads) * 2 * shape.half
+    hidden, attended, rows, rest = buffers.hidden, buffers.attended, batch.tokens, scratch.rest_shapes
+    _embed_and_norm(counts, phase, shape, batch, weights, buffers)
+    phase = wait_for_all(counts, threads, phase)
+    # The head is one product more, after the last layer.
+    for product in range(4 * shape.layers + 1):
+        layer, number = product // 4, product % 4
+        kind, source, depths, columns, target = STORE, buffers.normed, shape.hidden // DEPTH, qkv_width, buffers.qkv
+        bias, matrix = weights.qkv_bias + 4 * layer * qkv_width, weights.head
+        if layer == shape.layers:
+            columns, bias, target = shape.vocab, 0, buffers.logits
+        else:
+            matrix = get_long(weights.matrices, product)
+        if number == 1:
+            _rotate_and_store(counts, phase, shape, layer, batch, weights, get_long(pool.layers, layer), buffers)
+            phase = wait_for_all(counts, threads, phase)
+            _attend_all(
+                counts,
+                phase,
+                shape,
+                layer,
+                batch,
+                weights,
+                get_long(pool.layers, layer),
+                pool.page_size,
+                buffers,
+                scratch,
+            )
+            phase = wait_for_all(counts, threads, phase)
+            if layer == shape.layers - 1:
+                # Only the tokens that get logits go on from here.
+                _gather_sampled(counts, phase, shape, batch, buffers)
+                phase = wait_for_all(counts, threads, phase)
+                hidden, attended = buffers.last_hidden, buffers.last_attended
+                rows, rest = batch.sampled_tokens, scratch.sampled_shapes
+            kind, source, depths, columns, target = ADD, attended, width // DEPTH, shape.hidden, hidden
+            bias = weights.output_bias + 4 * layer * shape.hidden
+        elif number == 2:
+            kind, columns, target = ACTIVATE, shape.intermediate, buffers.activated
+            bias = weights.gate_up_bias + 8 * layer * shape.intermediate
+        elif number == 3:
+            kind, source, depths = ADD, buffers.activated, shape.intermediate // DEPTH
+            columns, target = shape.hidden, hidden
+            bias = weights.down_bias + 4 * layer * shape.hidden
+        _multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch, rest)
+        phase = wait_for_all(counts, threads, phase)
+        if kind == ADD:
+            following = 2 * layer + (1 if number == 1 else 2)
+            norm = weights.norms + 4 * following * shape.hidden
+            if following == 2 * shape.layers:
+                norm = weights.last_norm
+            _norm_rows(counts, phase, shape, rows, hidden, norm, buffers.normed)
+            phase = wait_for_all(counts, threads, phase)
+    tile_release()

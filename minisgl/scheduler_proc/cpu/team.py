@@ -1,0 +1,78 @@
+"""The threads that run a compiled step together, and how they wait for each other and share out work."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
+from minisgl.scheduler_proc.cpu.intrinsics import atomic_add, atomic_load, pause, yield_processor
+
+Job: TypeAlias = Callable[[int], None]
+
+_SPINS = 2000
+"""Turns of a waiting loop before the core is offered to others: about 50 microseconds."""
+_LINE = 64
+"""Bytes of a cache line; counters have one each."""
+
+
+def counters(phases: int) -> npt.NDArray[np.int64]:
+    """What the threads of a step of so many phases count with: the arrivals, then the items taken of each phase."""
+    return np.zeros((phases + 1) * _LINE // 8, np.int64)
+
+
+@inlined
+def take(counts, phase):
+    """The next item of a phase that no thread has taken yet; whoever is held up takes fewer."""
+    return atomic_add(counts + _LINE * (phase + 1), 1)
+
+
+@compiled
+def wait_for_all(counts, threads, phase):
+    """Wait until all threads are through with a phase; returns the next one's number."""
+    if threads > 1:
+        atomic_add(counts, 1)
+        spins = 0
+        while atomic_load(counts) < threads * (phase + 1):
+            spins += 1
+            if spins < _SPINS:
+                pause()
+            else:
+                yield_processor()
+    return phase + 1
+
+
+class Team:
+    """Threads that live as long as the process; the caller is the first of them."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._jobs: list[queue.SimpleQueue[Job]] = [queue.SimpleQueue() for _ in range(threads - 1)]
+        self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        for index, jobs in enumerate(self._jobs, 1):
+            threading.Thread(target=self._work, args=(index, jobs), name=f"cpu-step-{index}", daemon=True).start()
+
+    def run(self, job: Job) -> None:
+        """Call job(thread index) in every thread, and return when all have; raises what one of them raised."""
+        for jobs in self._jobs:
+            jobs.put(job)
+        job(0)
+        for _ in self._jobs:
+            error = self._results.get()
+            if error is not None:
+                raise error
+
+    def _work(self, index: int, jobs: queue.SimpleQueue[Any]) -> None:
+        while True:
+            job = jobs.get()
+            try:
+                job(index)
+            except BaseException as error:
+                self._results.put(error)
+            else:
+                self._results.put(None)
