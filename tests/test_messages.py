@@ -204,7 +204,7 @@ def decode_or_refuse(frame: bytes) -> None:
 
 @pytest.mark.parametrize("message_type", MESSAGE_TYPES.values(), ids=lambda cls: cls.__name__)
 def test_round_trip(message_type: type[Message]) -> None:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(BY_TYPE[message_type])
     def check(message: Message) -> None:
         back = decode(encode(message))
@@ -224,13 +224,13 @@ def test_a_request_id_names_its_http_worker(http_worker: int, epoch: int, counte
 # ---- what is not a message ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(frame: bytes) -> None:
     decode_or_refuse(frame)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(any_message, st.data())
 def test_frames_with_flipped_cut_or_added_bytes_are_refused_or_harmless(message: Message, data: st.DataObject) -> None:
     frame = bytearray(encode(message))
@@ -248,7 +248,7 @@ def test_frames_with_flipped_cut_or_added_bytes_are_refused_or_harmless(message:
     decode_or_refuse(bytes(frame))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(any_message, st.data())
 def test_fields_of_another_kind_are_refused_or_harmless(message: Message, data: st.DataObject) -> None:
     values = msgpack.unpackb(encode(message))
@@ -256,7 +256,7 @@ def test_fields_of_another_kind_are_refused_or_harmless(message: Message, data: 
     decode_or_refuse(msgpack.packb(values))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(MESSAGE_TYPES)), st.lists(anything, max_size=13))
 def test_the_right_type_with_any_fields_is_refused_or_harmless(type_id: int, fields: list[Any]) -> None:
     decode_or_refuse(msgpack.packb([type_id, PROTOCOL_VERSION, *fields]))

@@ -71,7 +71,7 @@ def copy_bandwidth(device: str) -> dict[str, Any]:
     import torch
 
     buffer_bytes = 4 * 2**30 if device == "cuda" else 256 * 2**20
-    source = torch.randint(0, 127, (buffer_bytes,), dtype=torch.int8, device=device)
+    source = torch.ones(buffer_bytes, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
     def synchronize() -> None:

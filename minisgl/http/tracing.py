@@ -6,6 +6,7 @@ The hops are read off the request's stamps when it is over, so no other process 
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,7 +61,10 @@ class RequestTracer:
         span.end(ended)
 
     def close(self) -> None:
-        self._provider.force_flush(EXPORT_MILLISECONDS)
+        # The exporter tries a collector that is away again and again, and the SDK's own time limit does not end that.
+        flush = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flush.start()
+        flush.join(EXPORT_MILLISECONDS / 1e3)
 
     def _attributes(self, stream: Stream, outcome: str) -> dict[str, Any]:
         """Named after OpenTelemetry's conventions for generative AI, as far as these go."""

@@ -51,7 +51,7 @@ def pieces(kind: str, token_ids: list[int], cuts: list[int], skip_special_tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), cuts=st.lists(st.integers(1, 7), max_size=20), skip=st.booleans())
 def test_any_ids_in_any_batches(kind: str, data: st.DataObject, cuts: list[int], skip: bool) -> None:
     vocabulary = tokenizer_of(kind).get_vocab_size()
@@ -62,7 +62,7 @@ def test_any_ids_in_any_batches(kind: str, data: st.DataObject, cuts: list[int],
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.one_of(st.sampled_from(HARD_TEXTS), st.text(max_size=30)), cut=st.integers(0, 200), data=st.data())
 def test_real_text_cut_anywhere_with_special_tokens_in_the_middle(
     kind: str, text: str, cut: int, data: st.DataObject
@@ -77,7 +77,7 @@ def test_real_text_cut_anywhere_with_special_tokens_in_the_middle(
         assert "".join(pieces(kind, token_ids, [], skip)) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(token_ids=st.lists(st.integers(0, 2559), max_size=60), skip=st.booleans())
 def test_equals_transformers_on_the_demo_model(token_ids: list[int], skip: bool) -> None:
     assert "".join(pieces("demo", token_ids, [], skip)) == transformers_tokenizer().decode(
@@ -201,7 +201,7 @@ def byte_characters() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "demo"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_pieces_of_byte_level_tokens_are_the_bytes_of_their_text(kind: str, data: st.DataObject) -> None:
     vocabulary = tokenizer_of(kind).get_vocab_size()

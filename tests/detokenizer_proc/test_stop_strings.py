@@ -24,7 +24,7 @@ def offline(text: str, stops: list[str]) -> tuple[int, int, str | None]:
     return start, end, stop
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(pieces=PIECES, stops=STOPS, keep_match=st.booleans())
 @example(pieces=["a", "a", "ba", "b"], stops=["aba", "ab"], keep_match=False)
 @example(pieces=["aab", "aabaa"], stops=["aabaaa", "b\n"], keep_match=False)

@@ -102,7 +102,7 @@ def test_nothing_but_a_prefix_of_a_stop_string_is_held_back() -> None:
         assert stream.advance([token_id]).text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.data(),
     kind=st.sampled_from(sorted(TEXTS)),

@@ -18,7 +18,7 @@ from real_server import RealServer, starting
 pytest.importorskip("schemathesis", reason="needs schemathesis (pip install schemathesis)")
 
 GENERATION = "^/(generate|v1/chat/completions|v1/completions)$"
-SECONDS = "7"
+SECONDS = "4"
 
 
 @pytest.fixture(scope="module")

@@ -43,16 +43,27 @@ from minisgl.messages import (
 from minisgl.timeline import now
 from minisgl.worker import run_worker
 
+# As the launcher's processes start, but from one that has imported everything already: two thirds of a start.
+multiprocessing.set_forkserver_preload(["minisgl.http.main"])
 M = TypeVar("M", bound=Message)
 VOCAB_SIZE = 1000
 WAIT_SECONDS = 10.0
 
 
 class Rig:
-    """One http worker; the test is its supervisor, tokenizers, schedulers and detokenizers."""
+    """One http worker; the test is its supervisor, tokenizers, schedulers and detokenizers.
+
+    Args:
+        start_method: "spawn" where the test looks at what a process imports or prints.
+        config: settings of the server.
+    """
 
     def __init__(
-        self, sampling_defaults: dict[str, Any] | None = None, chat_formats: ChatFormats | None = None, **config: Any
+        self,
+        sampling_defaults: dict[str, Any] | None = None,
+        chat_formats: ChatFormats | None = None,
+        start_method: str = "forkserver",
+        **config: Any,
     ) -> None:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
         self.config = ServerConfig(**{"port": 0, **ONE_OF_EACH, **config})
@@ -84,9 +95,9 @@ class Rig:
                 chat_formats=chat_formats or ChatFormats(),
             ),
         )
-        spawn = multiprocessing.get_context("spawn")
-        life_line, self._life = spawn.Pipe(duplex=False)
-        self.process = spawn.Process(target=run_worker, args=(spec.pack(), life_line, listener))
+        context: Any = multiprocessing.get_context(start_method)
+        life_line, self._life = context.Pipe(duplex=False)
+        self.process = context.Process(target=run_worker, args=(spec.pack(), life_line, listener))
         self.process.start()
         listener.close()
         self.ring = Outbox(self.from_worker(Hello).address)

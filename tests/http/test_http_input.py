@@ -252,7 +252,7 @@ NEARLY_RIGHT = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=NEARLY_RIGHT | JSON | st.binary(max_size=40))
 def test_no_body_gets_a_5xx(rig: Rig, body: Any) -> None:
     with rig.answering():
@@ -283,7 +283,7 @@ SENSIBLE = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=SENSIBLE))
 def test_whatever_is_in_range_is_taken_and_crosses_the_ring(body: dict[str, Any]) -> None:
     (ask,) = native.read(parse_object(json.dumps(body).encode()), CALLER).asks
@@ -292,7 +292,7 @@ def test_whatever_is_in_range_is_taken_and_crosses_the_ring(body: dict[str, Any]
     assert ask.prompt == body["prompt"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(body=NEARLY_RIGHT)
 def test_whatever_is_taken_crosses_the_ring(body: dict[str, Any]) -> None:
     try:

@@ -266,7 +266,7 @@ def test_the_books_balance_after_mixed_traffic() -> None:
 
 @pytest.mark.parametrize("narrate", [False, True])
 def test_the_log(capfd: pytest.CaptureFixture[str], narrate: bool) -> None:
-    with running(narrate=narrate) as rig:
+    with running(narrate=narrate, start_method="spawn") as rig:
         connection = rig.post({"prompt": "Hi"}, **{"X-Request-Id": "find-me"})
         request = rig.from_http(GenerateRequest)
         rig.delta(request, "secret-text", opens=True)
@@ -291,7 +291,7 @@ def test_the_log(capfd: pytest.CaptureFixture[str], narrate: bool) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    with running() as rig:
+    with running(start_method="spawn") as rig:
         loaded = Path(f"/proc/{rig.process.pid}/maps").read_text()
     assert "uvloop" in loaded
     assert "libtorch" not in loaded

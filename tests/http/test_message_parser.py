@@ -211,7 +211,7 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
     return text, [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300)
 @given(cut_texts(), st.booleans(), st.booleans(), st.sampled_from([TOOLS, None]), st.booleans())
 @example(("\n<tool_call>\n", ["\n", "<tool_call>\n"]), False, False, TOOLS, False)
 def test_any_cutting_of_any_text_gives_the_same_parts_and_loses_nothing(

@@ -209,7 +209,7 @@ def test_the_terminal_client_sends_the_key(rig: Rig) -> None:
 
 
 def test_the_log_names_both_ids_and_never_the_key(capfd: pytest.CaptureFixture[str]) -> None:
-    with running(api_key=KEY, narrate=True) as rig:
+    with running(api_key=KEY, narrate=True, start_method="spawn") as rig:
         connection = rig.post({"prompt": "Hi"}, **AUTHORIZED, **{"X-Request-Id": "my-request"})
         request = rig.from_http(GenerateRequest)
         rig.answer(request, "a", "b")

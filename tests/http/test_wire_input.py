@@ -69,7 +69,7 @@ def test_a_body_is_refused_or_crosses_the_ring(
 ) -> None:
     outcomes = set()
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100)
     @given(body)
     def check(body: dict[str, Any]) -> None:
         try:

@@ -63,7 +63,7 @@ def test_texts_and_chats_equal_transformers(encoder: PromptEncoder, reference: A
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(min_size=1, max_size=40))
 def test_any_text_equals_transformers(encoder: PromptEncoder, reference: Any, text: str) -> None:
     expected = reference.encode(text)
