@@ -24,6 +24,7 @@ from minisgl.scheduler_proc.core import ReplicaCore, scheduler_limits  # noqa: E
 from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
 from minisgl.scheduler_proc.engine import StepEngine  # noqa: E402
 from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
+from minisgl.scheduler_proc.models.forward_batch import ForwardBatch  # noqa: E402
 from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder  # noqa: E402
 from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
 
@@ -56,7 +57,12 @@ def engine_of(model: Decoder, fused: bool, captured: bool) -> StepEngine:
     if captured and graphs is not None:
         graphs.capture_first(lambda done, total: None)
     limits = scheduler_limits(CONFIG, SPEC, "cpu")
-    return StepEngine(model, TorchSdpaAttention(pool), graphs, pool, PAGES, limits, DEVICE, 1)
+    attention = TorchSdpaAttention(pool)
+
+    def forward(batch: ForwardBatch) -> torch.Tensor:
+        return model.forward(batch, attention.begin_step(batch))
+
+    return StepEngine(model, forward, graphs, pool, PAGES, limits, DEVICE, 1)
 
 
 def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logprobs]]]:
