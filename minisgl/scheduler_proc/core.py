@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 GRAMMAR_WAIT_SECONDS = 0.005
 """How long a step without anything to compute waits for a grammar; new requests wait meanwhile."""
 
-FINE_CHUNK = 512
+FINE_CHUNK = 256
 """Tokens of a long prompt computed beside running streams on CUDA: less than two of their steps for a small model."""
 
 

@@ -2,8 +2,9 @@
 
 A graph has fixed shapes, so decode rows are padded to the next captured batch size and prompt chunks to the next token
 count; padding writes its keys and values to a page of its own. A step replays one graph for its decode rows and one or
-more for its chunks; what fits no graph (long prompts) runs the same kernels uncaptured. A few graphs are captured
-before serving, the others one by one while there is nothing else to do (see graph_sizes.py).
+more for its chunks, or a single one for all of them; what fits no graph (long prompts) runs the same kernels
+uncaptured. A few graphs are captured before serving, the others one by one while there is nothing else to do (see
+graph_sizes.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from minisgl.scheduler_proc.graph_sizes import (
     PrefillSize,
     capture_order,
     decode_sizes,
+    decodes_join,
     fitting_decode,
     fitting_prefill,
     prefill_sizes,
@@ -89,6 +91,7 @@ class GraphRunner:
         self._prefill_block = InputBlock(
             {
                 "input_ids": most_tokens,
+                "sources": most_tokens,
                 "positions": most_tokens,
                 "slots": most_tokens,
                 "sampled": most_rows,
@@ -139,7 +142,7 @@ class GraphRunner:
             self._fill_padding_decode(size)
             self._decode_graphs[size] = self._capture(self._forward_of(size))
         else:
-            self._fill_prefill([], *size)
+            self._fill_prefill([], 0, *size)
             self._prefill_graphs[size] = self._capture(self._forward_of(size))
         return True
 
@@ -167,10 +170,15 @@ class GraphRunner:
         """Compute a step; `take` is called with each part's rows and logits, in row order, before the next part
         overwrites them. Parts of which no logits are wanted are left out."""
         decodes, chunks = plan.rows[: plan.decode_rows], plan.rows[plan.decode_rows :]
-        if decodes:
+        parts = _parts(chunks)
+        joining = len(decodes) if parts and _joins(len(decodes), parts[0]) else 0
+        if joining:
+            parts[0] = decodes + parts[0]
+        elif decodes:
             take(decodes, self._decode(decodes))
-        for part in _parts(chunks):
-            result = self._prefill(part)
+        for part in parts:
+            result = self._prefill(part, joining)
+            joining = 0
             if any(row.sample or scored_positions(row) for row in part):
                 take(part, result)
 
@@ -198,26 +206,12 @@ class GraphRunner:
     def _decode(self, rows: list[StepRow]) -> StepLogits:
         size = self._decode_size(len(rows))
         padding = size - len(rows)
-        page_size = self._page_size
-        counts = [row.start // page_size + 1 for row in rows]
-        stride = max(counts)
-        table = np.zeros((len(rows), stride), np.int32)
-        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            table[index, :count] = row.request.pages[:count]
-        positions = np.array([row.start for row in rows], np.int32)
-        slots = table[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
-        input_ids, sources = [0] * size, [-1] * size
-        for index, row in enumerate(rows):
-            token_ids = row.request.token_ids
-            if row.start < len(token_ids):
-                input_ids[index] = token_ids[row.start]
-            else:
-                sources[index] = self.last_places[row.request.rid]
+        input_ids, sources, positions, slots, table = self._decode_columns(rows)
         self._decode_block.fill(
             {
-                "table_stride": [stride],
-                "input_ids": input_ids,
-                "sources": sources,
+                "table_stride": [table.shape[1]],
+                "input_ids": np.pad(input_ids, (0, padding)),
+                "sources": np.pad(sources, (0, padding), constant_values=-1),
                 "positions": np.pad(positions, (0, padding)),
                 "slots": np.pad(slots, (0, padding), constant_values=self._padding_slot),
                 # A padding row sees one position, whatever page its table row happens to name.
@@ -231,17 +225,18 @@ class GraphRunner:
         graph.replay()
         return _first_rows(result, len(rows))
 
-    def _prefill(self, rows: list[StepRow]) -> StepLogits:
+    def _prefill(self, rows: list[StepRow], decodes: int) -> StepLogits:
+        """Logits of a part of a step; its first `decodes` rows decode."""
         tokens = sum(row.length for row in rows)
         sampling = sum(row.sample for row in rows)
         # Graphs give each row one token's logits.
         scores = any(scored_positions(row) for row in rows)
         key = None if scores else fitting_prefill(tokens, len(rows), self._prefill_graphs)
         if key is None:
-            logits = self._model.prefill(self._loose_prefill_inputs(rows))
+            logits = self._model.prefill(self._loose_prefill_inputs(rows, decodes))
             greedy = _greedy(logits[:sampling])
             return StepLogits(logits, greedy.tokens, greedy.finite)
-        self._fill_prefill(rows, *key)
+        self._fill_prefill(rows, decodes, *key)
         graph, result = self._prefill_graphs[key]
         graph.replay()
         return _first_rows(result, sampling)
@@ -276,16 +271,36 @@ class GraphRunner:
             splits=decode_splits(size, self._model.config.num_kv_heads, self._context_length),
         )
 
-    def _prefill_columns(self, rows: list[StepRow], tokens: int, sampling: int, tiles: int) -> dict[str, Array]:
-        """The input arrays of some chunks, padded to `tokens`, `sampling` logits and `tiles` tiles."""
+    def _decode_columns(self, rows: list[StepRow]) -> tuple[Array, Array, Array, Array, Array]:
+        """Input ids, their places in last_tokens or -1, positions and slots of decode rows, and their page table."""
         page_size = self._page_size
-        columns: list[list[Array]] = [[np.zeros(0, np.int32)] for _ in range(4)]
-        input_ids, positions, slots, table = columns
-        places: list[tuple[int, int, int, int]] = []
-        sampled: list[int] = []
+        counts = [row.start // page_size + 1 for row in rows]
+        table = np.zeros((len(rows), max(counts, default=0)), np.int32)
+        input_ids, sources = np.zeros(len(rows), np.int32), np.full(len(rows), -1, np.int32)
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            table[index, :count] = row.request.pages[:count]
+            token_ids = row.request.token_ids
+            if row.start < len(token_ids):
+                input_ids[index] = token_ids[row.start]
+            else:
+                sources[index] = self.last_places[row.request.rid]
+        positions = np.array([row.start for row in rows], np.int32)
+        slots = table[np.arange(len(rows)), positions // page_size] * page_size + positions % page_size
+        return input_ids, sources, positions, slots, table
+
+    def _prefill_columns(
+        self, rows: list[StepRow], decodes: int, tokens: int, sampling: int, tiles: int
+    ) -> dict[str, Array]:
+        """The input arrays of decode rows and chunks, padded to `tokens`, `sampling` logits and `tiles` tiles."""
+        page_size = self._page_size
+        decode_ids, sources, decode_positions, decode_slots, decode_table = self._decode_columns(rows[:decodes])
+        input_ids, positions, slots = [decode_ids], [decode_positions], [decode_slots]
+        table, stride = [decode_table.reshape(-1)], decode_table.shape[1]
+        places = [(index, row.start, 1, index * stride) for index, row in enumerate(rows[:decodes])]
+        sampled = list(range(decodes))
         scored: list[int] = []
-        token = pages_at = 0
-        for row in rows:
+        token, pages_at = decodes, decodes * stride
+        for row in rows[decodes:]:
             end = row.start + row.length
             pages = np.array(row.request.pages[: -(-end // page_size)], np.int32)
             at = np.arange(row.start, end, dtype=np.int32)
@@ -303,6 +318,7 @@ class GraphRunner:
         padding = tokens - token
         return {
             "input_ids": np.pad(np.concatenate(input_ids), (0, padding)),
+            "sources": np.pad(sources, (0, tokens - decodes), constant_values=-1),
             "positions": np.pad(np.concatenate(positions), (0, padding)),
             "slots": np.pad(np.concatenate(slots), (0, padding), constant_values=self._padding_slot),
             "sampled": np.array(sampled + [0] * (sampling - len(sampled)), np.int32),
@@ -310,15 +326,17 @@ class GraphRunner:
             "page_table": np.concatenate(table),
         }
 
-    def _fill_prefill(self, rows: list[StepRow], tokens: int, most_rows: int) -> None:
+    def _fill_prefill(self, rows: list[StepRow], decodes: int, tokens: int, most_rows: int) -> None:
         tiles = self._model.tiles.most(tokens, most_rows)
-        self._prefill_block.fill(self._prefill_columns(rows, tokens, most_rows, tiles))
+        self._prefill_block.fill(self._prefill_columns(rows, decodes, tokens, most_rows, tiles))
 
     def _prefill_inputs(self, tokens: int, rows: int) -> PrefillInputs:
         block = self._prefill_block
         row_pages = -(-self._context_length // self._page_size)
         return PrefillInputs(
             input_ids=block.view("input_ids", tokens),
+            sources=block.view("sources", tokens),
+            last_tokens=self.last_tokens,
             positions=block.view("positions", tokens),
             slots=block.view("slots", tokens),
             sampled=block.view("sampled", rows),
@@ -326,12 +344,13 @@ class GraphRunner:
             page_table=block.view("page_table", rows * row_pages),
         )
 
-    def _loose_prefill_inputs(self, rows: list[StepRow]) -> PrefillInputs:
+    def _loose_prefill_inputs(self, rows: list[StepRow], decodes: int) -> PrefillInputs:
         tokens = sum(row.length for row in rows)
         sampling = max(1, sum(row.sample + len(scored_positions(row)) for row in rows))
         tiles = self._model.tiles.most(tokens, len(rows))
-        columns = self._prefill_columns(rows, tokens, sampling, tiles)
-        return PrefillInputs(**dict(zip(columns, to_device(list(columns.values()), self._device), strict=True)))
+        columns = self._prefill_columns(rows, decodes, tokens, sampling, tiles)
+        tensors = dict(zip(columns, to_device(list(columns.values()), self._device), strict=True))
+        return PrefillInputs(last_tokens=self.last_tokens, **tensors)
 
 
 def _parts(chunks: list[StepRow]) -> list[list[StepRow]]:
@@ -346,6 +365,13 @@ def _parts(chunks: list[StepRow]) -> list[list[StepRow]]:
         parts[-1].append(row)
         tokens += row.length
     return parts
+
+
+def _joins(decodes: int, part: list[StepRow]) -> bool:
+    """Whether decode rows are computed with a part of the chunks: the weights are then read once for both."""
+    # Log probabilities of prompts take a part out of its graph.
+    scores = any(scored_positions(row) for row in part)
+    return not scores and decodes_join(decodes, sum(row.length for row in part), len(part))
 
 
 def _greedy(logits: torch.Tensor) -> StepLogits:

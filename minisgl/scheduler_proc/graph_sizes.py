@@ -12,8 +12,12 @@ PrefillSize: TypeAlias = tuple[int, int]
 """Tokens and rows."""
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-PREFILL_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
+PREFILL_TOKENS = (16, 32, 64, 128, 256, 512, 576, 1024, 1088)
+"""Usual lengths, and what decode rows make of the long ones."""
 PREFILL_ROWS = (1, 8, 64)
+
+MOST_MORE_PADDING = 256
+"""Tokens by which the graph of chunks may grow to take decode rows in: they cost about as much as those rows' own."""
 
 FIRST_DECODES = (1, 8, 64)
 FIRST_PREFILLS = ((64, 1), (512, 8))
@@ -51,3 +55,11 @@ def fitting_decode(rows: int, captured: Collection[int]) -> int | None:
 def fitting_prefill(tokens: int, rows: int, captured: Collection[PrefillSize]) -> PrefillSize | None:
     """The smallest captured size that holds these chunks, or None."""
     return min((size for size in captured if size[0] >= tokens and size[1] >= rows), default=None)
+
+
+def decodes_join(decodes: int, tokens: int, rows: int) -> bool:
+    """Whether decode rows go into the graph of chunks of `tokens` tokens in `rows` rows, instead of their own."""
+    if tokens + decodes > PREFILL_TOKENS[-1] or rows + decodes > PREFILL_ROWS[-1]:
+        return False
+    alone, joined = (next(size for size in PREFILL_TOKENS if size >= count) for count in (tokens, tokens + decodes))
+    return joined - alone <= MOST_MORE_PADDING

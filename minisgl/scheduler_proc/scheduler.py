@@ -39,8 +39,8 @@ class SchedulerLimits:
         step_tokens: tokens computed per step at most, as far as decode rows leave room for prompts.
         eos_ids: token ids that end an answer.
         vocab_size: token ids are below this.
-        fine_chunk: where requests decode, a longer prompt is cut into chunks of so many tokens; None cuts no finer
-            than step_tokens.
+        fine_chunk: where requests decode, a prompt of more than twice as many tokens is cut into chunks that have so
+            many tokens together with the decode rows; None cuts no finer than step_tokens.
     """
 
     context_length: int
@@ -307,19 +307,20 @@ class Scheduler:
 
     def _plan_prompts(self, rows: list[StepRow], budget: int) -> None:
         """Add prompt chunks of at most `budget` tokens together, admitting waiting requests as far as that goes."""
-        decoding = bool(rows)
+        decode_rows = len(rows)
         # Prompts fill up in order, so only the newest running request can be in the middle of its prompt.
         if self._running and self._running[-1].computed + 1 < len(self._running[-1].token_ids):
-            budget = self._plan_chunk(rows, self._running[-1], budget, decoding)
+            budget = self._plan_chunk(rows, self._running[-1], budget, decode_rows)
         while budget > 0 and self._waiting and self._admit(self._waiting[0]):
-            budget = self._plan_chunk(rows, self._running[-1], budget, decoding)
+            budget = self._plan_chunk(rows, self._running[-1], budget, decode_rows)
 
-    def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int, decoding: bool) -> int:
+    def _plan_chunk(self, rows: list[StepRow], request: Request, budget: int, decode_rows: int) -> int:
         """Add the next chunk of a prompt that is not computed to its end; what it leaves of the budget."""
         start, known = request.computed, len(request.token_ids)
         fine = self.limits.fine_chunk
-        if decoding and fine is not None and known - start > fine:
-            budget = min(budget, max(fine, self._least_prefill))
+        if decode_rows and fine is not None and known > 2 * fine:
+            # Few decode rows are computed with the chunk, and together they should fill one graph.
+            budget = min(budget, max(fine - decode_rows if 2 * decode_rows <= fine else fine, self._least_prefill))
         if request.prompt_logprobs is not None:
             # Also bounds the chunks that follow, so that all together stay below the limit.
             budget = min(budget, max(request.first_scored - start, 0) + SCORED_TOKENS)

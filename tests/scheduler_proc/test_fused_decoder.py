@@ -82,12 +82,12 @@ def test_logits_equal_the_plain_decoder(family: str, captured: str, tmp_path: Pa
             )
             batch, _ = make_forward_batch(plan, PAGE_SIZE, DEVICE)
             expected = model.forward(batch, plain.begin_step(batch))
-            if decode_rows == 3:
-                # The host has not seen these rows' tokens yet: the step before left them on the device.
-                unseen = [request.token_ids[row.start] for request, row in zip(requests, plan.rows, strict=True)]
-                runner.remember(plan.rows[::-1], torch.tensor(unseen[::-1], device=DEVICE))
-                for request, row in zip(requests, plan.rows, strict=True):
-                    del request.token_ids[row.start :]
+            # The host has not seen the decode rows' tokens yet: the step before left them on the device.
+            decodes = plan.rows[decode_rows - 1 :: -1] if decode_rows else []
+            unseen = [row.request.token_ids[row.start :] for row in decodes]
+            runner.remember(decodes, torch.tensor([tokens[0] for tokens in unseen], device=DEVICE).long())
+            for row in decodes:
+                del row.request.token_ids[row.start :]
             parts: list[torch.Tensor] = []
 
             def take(rows: list[StepRow], step: StepLogits, parts: list[torch.Tensor] = parts) -> None:
@@ -95,6 +95,8 @@ def test_logits_equal_the_plain_decoder(family: str, captured: str, tmp_path: Pa
                 parts.append(step.logits.clone())
 
             runner.run(plan, take)
+            for row, tokens in zip(decodes, unseen, strict=True):
+                row.request.token_ids += tokens
             found = torch.cat(parts)
             assert found.shape == expected.shape
             assert (found - expected).norm() / expected.norm() < 1e-4

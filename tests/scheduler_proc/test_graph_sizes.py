@@ -7,6 +7,7 @@ import pytest
 from minisgl.scheduler_proc.graph_sizes import (
     capture_order,
     decode_sizes,
+    decodes_join,
     fitting_decode,
     fitting_prefill,
     prefill_sizes,
@@ -39,4 +40,24 @@ def test_the_largest_of_each_kind_is_captured_before_the_smaller_ones() -> None:
     decodes = [size for size in order[:first] if isinstance(size, int)]
     prefills = [size for size in order[:first] if not isinstance(size, int)]
     assert decodes == sorted(decodes, reverse=True) and decodes[0] == 256
-    assert prefills == sorted(prefills, reverse=True) and prefills[0] == (1024, 64)
+    assert prefills == sorted(prefills, reverse=True) and prefills[0] == (1088, 64)
+
+
+@pytest.mark.parametrize(
+    ("decodes", "tokens", "rows", "joins"),
+    [
+        (32, 224, 1, True),
+        (63, 16, 1, True),
+        (64, 16, 1, False),  # more rows than any graph of chunks has
+        (64, 512, 8, False),
+        (63, 512, 1, True),
+        (56, 1024, 8, True),
+        (1, 576, 1, False),  # the next graph is nearly twice as large
+        (1, 1088, 2, False),
+        (8, 250, 3, True),
+    ],
+)
+def test_decode_rows_join_chunks_where_little_padding_comes_with_them(
+    decodes: int, tokens: int, rows: int, joins: bool
+) -> None:
+    assert decodes_join(decodes, tokens, rows) is joins

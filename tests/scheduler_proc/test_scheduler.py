@@ -439,8 +439,8 @@ def test_a_long_prompt_is_cut_finer_beside_decoding_rows() -> None:
         assert plan is not None
         lengths.append({row.request.rid: row.length for row in plan.rows})
         scheduler.retire(plan, engine.retire(engine.launch(plan)))
-    # Nothing decodes at first; then 20 tokens a step, and the rest.
+    # Nothing decodes at first; then 20 tokens a step, decode rows counted, and the rest.
     assert lengths[0] == {1: 1, 2: 20, 3: 43}
-    assert lengths[1] == {1: 1, 2: 1, 3: 20}
-    assert lengths[2] == {1: 1, 2: 1, 3: 7}
+    assert lengths[1] == {1: 1, 2: 1, 3: 18}
+    assert lengths[2] == {1: 1, 2: 1, 3: 9}
     assert lengths[3] == {1: 1, 2: 1, 3: 1}

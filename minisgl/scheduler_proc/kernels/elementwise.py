@@ -11,15 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _embed(input_ids, sources, last_tokens, table, residual, hidden, HAS_SOURCES: tl.constexpr, BLOCK: tl.constexpr):
+def _embed(input_ids, sources, last_tokens, table, residual, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
     token = tl.load(input_ids + row).to(tl.int64)
-    if HAS_SOURCES:
-        source = tl.load(sources + row)
-        if source >= 0:
-            token = tl.load(last_tokens + source)
+    source = tl.load(sources + row)
+    if source >= 0:
+        token = tl.load(last_tokens + source)
     x = tl.load(table + token * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual + row * hidden + columns, x, mask=inside)
 
@@ -27,8 +26,8 @@ def _embed(input_ids, sources, last_tokens, table, residual, hidden, HAS_SOURCES
 def embed(
     input_ids: torch.Tensor,
     table: torch.Tensor,
-    sources: torch.Tensor | None = None,
-    last_tokens: torch.Tensor | None = None,
+    sources: torch.Tensor,
+    last_tokens: torch.Tensor,
 ) -> torch.Tensor:
     """Embeddings of int32 ids [tokens] as float32 [tokens, hidden].
 
@@ -39,12 +38,11 @@ def embed(
     residual = torch.empty((tokens, hidden), dtype=torch.float32, device=table.device)
     _embed[(tokens,)](
         input_ids,
-        sources if sources is not None else input_ids,
-        last_tokens if last_tokens is not None else input_ids,
+        sources,
+        last_tokens,
         table,
         residual,
         hidden,
-        HAS_SOURCES=sources is not None,
         BLOCK=triton.next_power_of_2(hidden),
         num_warps=4,
     )

@@ -52,15 +52,18 @@ class DecodeInputs:
 
 @dataclass(frozen=True, slots=True)
 class PrefillInputs:
-    """Prompt chunks, end to end; all int32 on the device.
+    """Decode rows, as chunks of one token, and prompt chunks, end to end; all int32 on the device, but last_tokens.
 
     Attributes:
+        sources: [tokens], as in DecodeInputs.
         sampled: [rows], the token whose logits are wanted.
         tiles: see PrefillTiles.table.
         page_table: flat; the tiles say where each chunk's page ids begin.
     """
 
     input_ids: torch.Tensor
+    sources: torch.Tensor
+    last_tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     sampled: torch.Tensor
@@ -177,9 +180,7 @@ class FusedDecoder:
         return add_rms_norm(residual, delta, weights.norm, config.rms_norm_eps)
 
     def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
-        if isinstance(inputs, DecodeInputs):
-            return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens)
-        return embed(inputs.input_ids, self.weights.embedding)
+        return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens)
 
     def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
