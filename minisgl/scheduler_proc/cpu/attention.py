@@ -167,7 +167,7 @@ def _merge(output, sums, columns, shrink):
             set_float(output, index, get_float(output, index) * get_float(shrink, query) + get_float(sums, index))
 
 
-@compiled
+@inlined
 def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, attended, scratch):
     """Attention of one tile: query heads 16 * tile and up of a part's, counted token by token.
 

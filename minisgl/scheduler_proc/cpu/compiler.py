@@ -21,4 +21,5 @@ compiled: Compiler = njit(nogil=True, cache=True, error_model="numpy", fastmath=
 compiled_to_sum: Compiler = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
 """Sums may also be added up in another order, so that a loop which adds one number to another can be vectorised."""
 inlined: Compiler = njit(inline="always")
-"""Becomes part of its caller, with the caller's rules."""
+"""Becomes part of its caller, with the caller's rules. What calls compiled functions should be inlined itself: numba
+makes machine code of a compiled function anew for each caller of its callers."""

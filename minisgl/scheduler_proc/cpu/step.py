@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.attention import attend, block_bytes, head_bytes
-from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum
+from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
 from minisgl.scheduler_proc.cpu.intrinsics import tile_configure, tile_release
 from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, get_short, set_float, set_short
 from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, silu, to_bfloat16
@@ -42,7 +42,7 @@ def _norm_row(row, columns, weight, epsilon, target):
         set_short(target, column, to_bfloat16(get_float(row, column) * factor * get_float(weight, column)))
 
 
-@compiled
+@inlined
 def _norm_rows(counts, phase, shape, rows, source, weight, target):
     while True:
         row = take(counts, phase)
@@ -52,7 +52,7 @@ def _norm_rows(counts, phase, shape, rows, source, weight, target):
         _norm_row(source + 4 * at, shape.hidden, weight, shape.epsilon, target + 2 * at)
 
 
-@compiled
+@inlined
 def _embed_and_norm(counts, phase, shape, batch, weights, buffers):
     while True:
         row = take(counts, phase)
@@ -93,7 +93,7 @@ def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
                 set_short(target, row * stride + column, to_bfloat16(silu(gate) * up))
 
 
-@compiled
+@inlined
 def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch, rest_shapes):
     """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
 
@@ -149,7 +149,7 @@ def _scale_head(head, columns, weight, epsilon):
         set_float(head, column, get_float(head, column) * factor * get_float(weight, column))
 
 
-@compiled
+@inlined
 def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers):
     """Norm and rotate each token's query and key heads; store queries for attention, keys and values in the pool."""
     heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
@@ -181,7 +181,7 @@ def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers
                 set_short(target, column * step, finite_or_zero(to_bfloat16(get_float(head, column))))
 
 
-@compiled
+@inlined
 def _attend_all(counts, phase, shape, layer, batch, weights, pool, page_size, buffers, scratch):
     tile_configure(scratch.attention_shapes)
     window = get_int(weights.windows, layer)
@@ -194,7 +194,7 @@ def _attend_all(counts, phase, shape, layer, batch, weights, pool, page_size, bu
         attend(shape, batch, part, tile, kv_head, pool, page_size, window, buffers.query, buffers.attended, scratch)
 
 
-@compiled
+@inlined
 def _gather_sampled(counts, phase, shape, batch, buffers):
     width = shape.heads * 2 * shape.half
     while True:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
+from minisgl.scheduler_proc.cpu.compiler import inlined
 from minisgl.scheduler_proc.cpu.intrinsics import atomic_add, atomic_load, pause, yield_processor
 
 Job: TypeAlias = Callable[[int], None]
@@ -32,7 +32,7 @@ def take(counts, phase):
     return atomic_add(counts + _LINE * (phase + 1), 1)
 
 
-@compiled
+@inlined
 def wait_for_all(counts, threads, phase):
     """Wait until all threads are through with a phase; returns the next one's number."""
     if threads > 1:
