@@ -74,7 +74,8 @@ def make_checkpoint(shape: str, directory: Path) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(3)
-    module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(DEVICE):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "norm" in name:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import triton
 
+MOST_THREADS = 8
+"""More of them wait for the interpreter's lock longer than they gain (bench/ENGINE_LOG.md, entry S1)."""
+
 
 def compile_ahead(
     launch_all: Callable[[], None], device: torch.device, threads: int, progress: Callable[[int, int], None]
@@ -27,15 +30,12 @@ def compile_ahead(
         torch.cuda.set_device(device)
         torch.cuda.synchronize(device)
 
-    # The first one alone: Triton then reads its own files, for a key to its cache, once and not once a thread.
-    for one in wanted[:1]:
-        _load(*one)
     # Most of a compilation is C++, ptxas and the C compiler, which run without the interpreter's lock.
-    with ThreadPoolExecutor(threads, "compile", enter_thread) as pool:
-        waited = [pool.submit(_load, *one) for one in wanted[1:]]
-        for done, future in enumerate(as_completed(waited), 2):
+    with ThreadPoolExecutor(min(threads, MOST_THREADS), "compile", enter_thread) as pool:
+        waited = [pool.submit(_load, *one) for one in wanted]
+        for done, future in enumerate(as_completed(waited), 1):
             future.result()
-            progress(done, len(wanted))
+            progress(done, len(waited))
 
 
 def _load(kernel: Any, specialization: str) -> None:
