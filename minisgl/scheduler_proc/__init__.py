@@ -10,10 +10,12 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     request.py    the border between the two: Request, StepPlan
     kv_pages.py   which KV pages are free
     engine.py     runs a StepPlan on the device and returns one token per sampling row
-    sampler.py    logits -> token ids, each row by its own parameters
+    cuda_graphs.py  the engine's CUDA path: steps as captured graphs; graph_sizes.py: which of them, in which order
+    sampler.py    logits -> token ids, each row by its own parameters; device_sampler.py: the same by kernels on CUDA
     grammar.py    one request's grammar: which tokens may come next; json_schema.py: schemas as xgrammar enforces them
     grammar_compiler.py  compiles grammars beside the loop, in grammar_server.py, a process of its own
     device.py     where the model runs, in which precision; kv_sizing.py: how many KV pages it gets
     models/       config.json and weights -> the forward pass of a step
     attention/    the KV pool, and attention over its pages
+    kernels/      Triton kernels; compile_ahead.py compiles them side by side at the start
 """
