@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,12 @@ def serve(
         for rid, token in zip(batch.rids, batch.token_ids, strict=True) if batch else ():
             outputs[rid].append(token)
     return outputs, core
+
+
+def tiles_work() -> bool:
+    """Whether this machine can run steps on AMX tiles."""
+    if find_spec("numba") is None:
+        return False
+    from minisgl.scheduler_proc.cpu.tiles import permitted
+
+    return permitted()

@@ -1,0 +1,236 @@
+"""Steps on AMX tiles against decoder.py. Needs a CPU with AMX, which CI machines mostly have and laptops have not."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import load_engine, tiles_work
+
+pytest.importorskip("numba", reason="the tiles' functions are compiled by numba, which is installed on x86 Linux")
+
+from minisgl.config import ConfigError
+from minisgl.sampling_params import SamplingParams
+from minisgl.scheduler_proc.attention.kv_pool import KVPool
+from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention
+from minisgl.scheduler_proc.cpu.team import Team
+from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, tiles_fit
+from minisgl.scheduler_proc.models.config import parse_config
+from minisgl.scheduler_proc.models.decoder import Decoder
+from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch
+from minisgl.scheduler_proc.models.loader import load_model
+from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
+
+needs_tiles = pytest.mark.skipif(
+    not tiles_work(), reason="this CPU has no AMX tiles, or the system does not permit them"
+)
+
+CPU = torch.device("cpu")
+PAGES, PAGE_SIZE, CONTEXT = 96, 16, 700
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 160,
+    "intermediate_size": 224,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": CONTEXT,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "num_attention_heads": 4,
+        "attention_bias": True,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "head_dim": 32,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "vocab_size": 333,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 40,
+        "head_dim": 96,
+        "num_attention_heads": 2,
+    },
+}
+
+Forward = Callable[[ForwardBatch], torch.Tensor]
+
+
+def load(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    (directory / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES[family]}))
+    model = load_model(
+        directory,
+        dtype=dtype,
+        device=CPU,
+        context_length=CONTEXT,
+        dummy_seed=1,
+        trust_remote_code=False,
+        progress=lambda done, total: None,
+    )
+    assert isinstance(model, Decoder)
+    return model
+
+
+def tiled_forward(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
+    pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, torch.bfloat16, CPU)
+    return TiledDecoder(model, threads, lambda done, total: None).over(pool)
+
+
+def plain_forward(model: Decoder, page_size: int = PAGE_SIZE) -> Forward:
+    pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, model.weights.norm.dtype, CPU)
+    attention = TorchSdpaAttention(pool)
+    return lambda batch: model.forward(batch, attention.begin_step(batch))
+
+
+def run(forward: Forward, rows: list[StepRow], page_size: int = PAGE_SIZE) -> torch.Tensor:
+    """Logits of a step; its rows of one token come first."""
+    decodes = sum(row.length == 1 for row in rows)
+    with torch.inference_mode():
+        batch, _ = make_forward_batch(StepPlan(1, rows, decodes), page_size, CPU)
+        return forward(batch).float().clone()
+
+
+def new_requests(chance: random.Random, lengths: list[int], page_size: int = PAGE_SIZE) -> list[Request]:
+    """Requests with random tokens, and pages in random order."""
+    pages = list(range(PAGES * PAGE_SIZE // page_size))
+    chance.shuffle(pages)
+    made = []
+    for index, length in enumerate(lengths):
+        count = -(-length // page_size)
+        own, pages = pages[:count], pages[count:]
+        tokens = [chance.randrange(SHAPE["vocab_size"]) for _ in range(length)]
+        sampling = SamplingParams(temperature=0.0)
+        made.append(Request(index, tokens, length, sampling, 1, frozenset(), [], pages=own))
+    return made
+
+
+def random_steps(chance: random.Random, requests: list[Request]) -> list[list[StepRow]]:
+    """Every request's tokens, cut into prompt chunks and decode rows at random, beside each other."""
+    done = [0] * len(requests)
+    steps = []
+    while any(begin < len(request.token_ids) for begin, request in zip(done, requests, strict=True)):
+        rows = []
+        for index, request in enumerate(requests):
+            left = len(request.token_ids) - done[index]
+            if left and chance.random() < 0.8:
+                length = min(left, chance.choice((1, 1, chance.randint(2, 40), chance.randint(41, 400))))
+                rows.append(StepRow(request, done[index], length, chance.random() < 0.9))
+                done[index] += length
+        if rows:
+            steps.append(sorted(rows, key=lambda row: row.length != 1))
+    return steps
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("threads", "page_size"), [(1, 16), (3, 32)])
+def test_logits_are_as_near_to_float32_as_plain_bfloat16(
+    family: str, threads: int, page_size: int, tmp_path: Path
+) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    half = load(tmp_path, family)
+    tiled, plain = tiled_forward(load(tmp_path, family), threads, page_size), plain_forward(half, page_size)
+    exact = load(tmp_path, family, torch.float32)
+    for (_, target), (_, source) in zip(exact.weights.named_tensors(), half.weights.named_tensors(), strict=True):
+        target.copy_(source)
+    reference = plain_forward(exact, page_size)
+    requests = new_requests(chance, [1, 17, 64, *(chance.randint(2, 400) for _ in range(3))], page_size)
+    errors, plain_errors = [], []
+    for rows in random_steps(chance, requests):
+        found, expected = run(tiled, rows, page_size), run(reference, rows, page_size)
+        assert found.shape == expected.shape
+        errors.append((found - expected).flatten())
+        plain_errors.append((run(plain, rows, page_size) - expected).flatten())
+    error, plain_error = torch.cat(errors).norm(), torch.cat(plain_errors).norm()
+    assert error < 1.1 * plain_error, f"error {error}, that of plain bfloat16 {plain_error}"
+
+
+@needs_tiles
+def test_a_row_is_the_same_alone_and_beside_others_chunked_or_not(tmp_path: Path) -> None:
+    """To the bit: every sum is made in the same order, whatever else is computed."""
+    chance = random.Random(3)
+    model = load(tmp_path, "qwen2")
+    forward = tiled_forward(model)
+    requests = new_requests(chance, [300, *(chance.randint(1, 30) for _ in range(40))])
+    request = requests[0]
+    whole = run(forward, [StepRow(request, 0, 300, True)])
+    for rows in random_steps(chance, requests):
+        # The row of the long request is the last one that samples in the last of its steps.
+        found = run(forward, rows)
+        mine = [row for row in rows if row.sample]
+        for row, logits in zip(mine, found, strict=True):
+            if row.request is request and row.start + row.length == 300:
+                assert torch.equal(logits, whole[0])
+                break
+        alone = [StepRow(row.request, row.start, row.length, True) for row in rows if row.length == 1]
+        for row in alone:
+            beside = [logits for other, logits in zip(mine, found, strict=True) if other.request is row.request]
+            if beside:
+                assert torch.equal(run(forward, [row])[0], beside[0])
+
+
+@needs_tiles
+def test_what_overflows_stays_with_its_request(tmp_path: Path) -> None:
+    model = load(tmp_path, "qwen2")
+    model.weights.embedding[7] = float("inf")
+    forward = tiled_forward(model)
+    pages = [3, 4]
+    sampling = SamplingParams(temperature=0.0)
+    good = Request(0, [1, 2, 3], 3, sampling, 1, frozenset(), [], pages=pages)
+    bad = Request(1, [7] * 32, 32, sampling, 1, frozenset(), [], pages=pages)
+    before = run(forward, [StepRow(good, 0, 3, True)])
+    # Token 7 is in the tied head, too: its own logit overflows in every answer.
+    assert not torch.isfinite(run(forward, [StepRow(bad, 0, 32, True)])[0, :7]).any()
+    after = run(forward, [StepRow(good, 0, 3, True)])
+    assert torch.isfinite(before[0, :7]).all() and torch.equal(before[0, :7], after[0, :7])
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "page_size": 8}])
+def test_tiles_that_cannot_be_are_refused(settings: dict[str, Any], checkpoint: Any) -> None:
+    with pytest.raises(ConfigError, match="--attention-backend amx needs"):
+        load_engine(checkpoint("qwen2").spec, attention_backend="amx", **settings)
+
+
+def test_shapes_that_are_not_whole_tiles_do_not_fit() -> None:
+    for change in ({"hidden_size": 176}, {"intermediate_size": 240}, {"head_dim": 48}):
+        config = parse_config({**SHAPE, **FAMILIES["qwen2"], **change})
+        assert config is not None
+        assert not tiles_fit(config, 16)
+
+
+def test_a_team_runs_every_share_and_reports_failures() -> None:
+    team = Team(3)
+    seen: set[tuple[int, int]] = set()
+    for _ in range(20):
+        seen.clear()
+        team.run(lambda thread: seen.add((thread, threading.get_ident())))
+        assert sorted(thread for thread, _ in seen) == [0, 1, 2]
+        assert len({ident for _, ident in seen}) == 3
+
+    def fail(thread: int) -> None:
+        if thread == 2:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        team.run(fail)
+    team.run(lambda thread: None)
