@@ -67,18 +67,21 @@ class PrefixCache:
             self._offer(node)
         return node, pages
 
-    def insert(self, token_ids: Sequence[int], pages: Sequence[int]) -> tuple[Node, list[int]]:
-        """Hand the full pages of a computed prefix over to the cache.
+    def insert(
+        self, token_ids: Sequence[int], pages: Sequence[int], after: Node | None = None
+    ) -> tuple[Node, list[int]]:
+        """Hand the full pages of a computed prefix, or of its continuation, over to the cache.
 
         Args:
             token_ids: tokens whose keys and values are computed; a tail shorter than a page is left out.
             pages: the request's pages in position order, covering at least the full pages of token_ids.
+            after: the node that they continue, locked by the caller; None where they begin a prefix.
 
         Returns:
-            The deepest node of the prefix, and its path's pages in position order. Where such a page is not the one
+            The deepest node, and the cached pages of token_ids in position order. Where such a page is not the one
             given, the same content was cached already, and the one given stays the caller's.
         """
-        node, path = self._root, list[int]()
+        node, path = after or self._root, list[int]()
         self._clock += 1
         size = self.page_size
         for index in range(len(token_ids) // size):
@@ -95,10 +98,14 @@ class PrefixCache:
             self._offer(node)
         return node, path
 
-    def lock(self, node: Node) -> None:
-        """Protect a node's whole path from eviction until the matching unlock."""
+    def lock(self, node: Node, instead_of: Node | None = None) -> None:
+        """Protect a node's whole path from eviction until the matching unlock.
+
+        Args:
+            instead_of: a node on that path which is locked already; its lock becomes this one.
+        """
         step: Node | None = node
-        while step is not None and step is not self._root:
+        while step is not None and step is not self._root and step is not instead_of:
             step.users += 1
             self.locked_pages += step.users == 1
             step = step.parent
@@ -119,6 +126,8 @@ class PrefixCache:
             if node.parent is None or node.children or node.users or node.last_used != last_used:
                 continue
             parent = node.parent
+            # Using a prefix is using all of it; a continuation is inserted without a look at what is before it.
+            parent.last_used = max(parent.last_used, last_used)
             del parent.children[node.key]
             node.parent = None
             freed.append(node.page)

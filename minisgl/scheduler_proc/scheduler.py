@@ -213,6 +213,8 @@ class Scheduler:
         anyone_ended, runs_on = False, FinishReason.NONE
         for row in plan.rows:
             if not row.sample:
+                if row.request.pages:
+                    self._share_prompt(row.request, row.start + row.length)
                 continue
             token, request = next(tokens), row.request
             request.pending -= 1
@@ -244,7 +246,7 @@ class Scheduler:
                     self._waiting.remove(request)
                 self._end(request, finish)
             elif output_len == 1 and request.pages:
-                self._share_prompt(request)
+                self._share_prompt(request, request.prompt_len)
             sampled.rids.append(request.rid)
             sampled.token_ids.append(token)
             sampled.finishes.append(finish)
@@ -387,25 +389,29 @@ class Scheduler:
         own = request.pages[request.shared :]
         if self.cache and request.pages:
             # Steps in flight write what is counted as computed before any later step can read it.
-            computed = request.token_ids[: request.computed]
-            _, path = self.cache.insert(computed, request.pages)
-            own = [page for index, page in enumerate(own, request.shared) if page not in path[index : index + 1]]
+            computed = request.token_ids[request.shared * self.pages.page_size : request.computed]
+            _, path = self.cache.insert(computed, own, request.cache_node)
+            own = [page for index, page in enumerate(own) if page not in path[index : index + 1]]
         self._unlock(request)
         request.pages, request.shared = [], 0
         if own:
             self.pages.release(own, self._planned_step)
 
-    def _share_prompt(self, request: Request) -> None:
-        """Put the full pages of a prompt that is just computed into the prefix cache, for requests that come now."""
-        full = request.prompt_len // self.pages.page_size
-        if not self.cache or full <= request.shared:
+    def _share_prompt(self, request: Request, computed: int) -> None:
+        """Put the full pages of a prompt's first tokens, just computed, into the prefix cache for requests that come.
+
+        Chunk by chunk: a whole long prompt at once would hold up the next step.
+        """
+        shared, size = request.shared, self.pages.page_size
+        full = computed // size
+        if not self.cache or full <= shared:
             return
-        node, path = self.cache.insert(request.token_ids[: request.prompt_len], request.pages)
-        self.cache.lock(node)
-        self._unlock(request)
+        own = request.pages[shared:full]
+        node, path = self.cache.insert(request.token_ids[shared * size : full * size], own, request.cache_node)
+        self.cache.lock(node, instead_of=request.cache_node)
         # Where another request was first, its copy is used from now on.
-        duplicates = [page for page, kept in zip(request.pages, path, strict=False) if page != kept]
-        request.pages[:full], request.shared, request.cache_node = path, full, node
+        duplicates = [page for page, kept in zip(own, path, strict=True) if page != kept]
+        request.pages[shared:full], request.shared, request.cache_node = path, full, node
         if duplicates:
             self.pages.release(duplicates, self._planned_step)
 

@@ -46,6 +46,23 @@ class CacheMachine(RuleBasedStateMachine):
             self.model[tuple(tokens[: (index + 1) * PAGE])] = fresh[index]
 
     @precondition(lambda self: self.locks)
+    @rule(data=st.data(), tokens=PROMPTS)
+    def insert_after_a_locked_node(self, data: st.DataObject, tokens: list[int]) -> None:
+        """And move the lock there, as a prompt does that is computed chunk by chunk."""
+        at = data.draw(st.integers(0, len(self.locks) - 1))
+        locked, prefix = self.locks[at]
+        whole, begin = [*prefix, *tokens], len(prefix) // PAGE
+        full, shared = len(tokens) // PAGE, self.longest(whole)[begin:]
+        fresh = list(range(self.next_page, self.next_page + full))
+        self.next_page += full
+        node, path = self.cache.insert(tokens, fresh, locked)
+        assert path == shared + fresh[len(shared) :]
+        for index in range(len(shared), full):
+            self.model[tuple(whole[: (begin + index + 1) * PAGE])] = fresh[index]
+        self.cache.lock(node, instead_of=locked)
+        self.locks[at] = node, tuple(whole[: (begin + full) * PAGE])
+
+    @precondition(lambda self: self.locks)
     @rule(data=st.data())
     def unlock(self, data: st.DataObject) -> None:
         node, _ = self.locks.pop(data.draw(st.integers(0, len(self.locks) - 1)))
@@ -82,6 +99,16 @@ def test_least_recently_used_leaf_goes_first() -> None:
     cache.match([1, 2])
     assert cache.evict(1) == [12]
     assert cache.evict(5) == [11, 10]
+
+
+def test_a_prefix_is_used_as_lately_as_what_continues_it() -> None:
+    cache = PrefixCache(1)
+    node, _ = cache.insert([1], [10])
+    cache.lock(node)
+    cache.insert([2], [11])
+    cache.unlock(node)
+    cache.insert([3], [12], after=node)
+    assert cache.evict(3) == [11, 12, 10]
 
 
 def test_locked_paths_stay() -> None:
