@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def minisgl(*arguments: str, stdin: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:
+def minisgl(*arguments: str, stdin: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MINISGL, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout)
 
 
@@ -110,7 +110,7 @@ def test_a_failed_answer_leaves_no_trace_in_the_conversation(fake: FakeServer) -
         fake.refusal = None
         process.stdin.write("two\n")
         process.stdin.close()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
     assert fake.bodies[-1]["messages"] == [{"role": "user", "content": "two"}]
 
 
@@ -135,7 +135,7 @@ def test_nobody_listens() -> None:
 def test_a_reader_that_leaves_ends_it_quietly(fake: FakeServer) -> None:
     fake.deltas = ["x" * 1000] * 1000
     command = f"{' '.join(MINISGL)} generate Hello --url {fake.url} | head -c 5"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("xxxxx", "")
 
 
@@ -179,7 +179,7 @@ class PseudoTerminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def wait_for(self, text: str, timeout: float = 15) -> None:
+    def wait_for(self, text: str, timeout: float = 60) -> None:
         """Until the text appears; what stood before it is forgotten."""
         deadline = time.monotonic() + timeout
         while text not in self.screen:
@@ -188,7 +188,7 @@ class PseudoTerminal:
             self.screen += os.read(self._fd, 65536).decode(errors="replace")
         self.screen = self.screen.partition(text)[2]
 
-    def exit_status(self, timeout: float = 15) -> int:
+    def exit_status(self, timeout: float = 60) -> int:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if select.select([self._fd], [], [], 0.05)[0]:
@@ -209,7 +209,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(fake: FakeServer, home: Pat
     terminal.wait_for("word word word")
     terminal.type("\x03")
     terminal.wait_for("stopped")
-    assert fake.disconnected.wait(5)
+    assert fake.disconnected.wait(30)
     fake.deltas, fake.pause = ["short"], 0.0
     terminal.wait_for("> ")
     terminal.type("again\r")
@@ -326,7 +326,7 @@ def test_an_answer_cannot_drive_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
 # ---- with the whole stack -------------------------------------------------------------------------------------------
 
 
-def all_gone(processes: list[psutil.Process], timeout: float = 10) -> bool:
+def all_gone(processes: list[psutil.Process], timeout: float = 30) -> bool:
     return not psutil.wait_procs(processes, timeout=timeout)[1]
 
 

@@ -218,7 +218,7 @@ def test_without_a_name_and_a_network_the_demo_model_is_served(
     with caplog.at_level(logging.WARNING, "minisgl"):
         spec = resolve(ServerConfig())
     assert spec.name == spec.source == "demo"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert DEFAULT_MODEL in caplog.text
     assert "demo model" in caplog.text
     assert ("did not answer" if silent else "cannot be reached") in caplog.text
@@ -291,7 +291,7 @@ def test_a_killed_launcher_leaves_no_download_behind(hubs: tuple[FakeHub, FakeHu
         downloads = psutil.Process(launcher.pid).children()
         assert len(downloads) == 2
         launcher.kill()
-    _, alive = psutil.wait_procs(downloads, timeout=3)
+    _, alive = psutil.wait_procs(downloads, timeout=30)
     assert alive == []
 
 
@@ -304,7 +304,7 @@ def test_the_launcher_imports_neither_torch_nor_a_hub_client() -> None:
         heavy = {"torch", "transformers", "huggingface_hub", "modelscope", "modelscope_hub", "numpy"}
         print(heavy & set(sys.modules))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1:] == ["set()"], done.stderr
 
 

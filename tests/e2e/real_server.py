@@ -58,11 +58,11 @@ class RealServer:
         assert match is not None
         self.url = match.group()
 
-    def wait_exit(self, seconds: float = 15.0) -> int:
+    def wait_exit(self, seconds: float = 30.0) -> int:
         return self.process.wait(seconds)
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        response = httpx.get(f"{self.url}/health", timeout=5)
+        response = httpx.get(f"{self.url}/health", timeout=20)
         return response.status_code, response.json()
 
     def stats(self, worker: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class RealServer:
                     self.process.wait(0.3 if number is signal.SIGTERM else 10)
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> float:
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> float:
     """Wait for a condition; returns how long it took."""
     started = time.monotonic()
     while not condition():
@@ -189,6 +189,10 @@ class Crowd:
         while sum(bool(reply.deltas) or reply.finished_at > 0 for reply in self.replies) < count:
             await asyncio.sleep(0.005)
 
+    async def until_ended(self, count: int) -> None:
+        while sum(reply.finished_at > 0 for reply in self.replies) < count:
+            await asyncio.sleep(0.005)
+
     async def finish(self, seconds: float) -> None:
         """Wait for all to end; a client that is left hanging fails the test."""
         _, hanging = await asyncio.wait(self._tasks, timeout=seconds)
@@ -209,7 +213,7 @@ class HealthLog:
     entries: list[tuple[float, float, int, list[str]]] = field(default_factory=list)
 
     async def watch(self, url: str) -> None:
-        async with httpx.AsyncClient(timeout=0.5) as client:
+        async with httpx.AsyncClient(timeout=5) as client:
             while True:
                 asked = time.monotonic()
                 try:
@@ -220,15 +224,19 @@ class HealthLog:
                 self.entries.append((asked, time.monotonic(), status, problems))
                 await asyncio.sleep(0.03)
 
-    async def until_bad_then_good(self, since: float) -> None:
-        """Until the trouble that began at `since` has been seen and is over."""
+    async def until_bad(self, since: float) -> None:
+        """Until the trouble that began at `since` has been seen."""
         while not any(answered > since and status != 200 for _, answered, status, _ in self.entries):
             await asyncio.sleep(0.02)
+
+    async def until_bad_then_good(self, since: float) -> None:
+        """Until the trouble that began at `since` has been seen and is over."""
+        await self.until_bad(since)
         while self.entries[-1][2] != 200:
             await asyncio.sleep(0.02)
 
     def first_bad(self, since: float) -> tuple[float, list[str]]:
-        """How long after `since` an answer other than 200 was first had, and the problems it named."""
+        """How long after `since` there was first another answer than 200 or none, and the problems it named."""
         for _, answered, status, problems in self.entries:
             if answered > since and status != 200:
                 return answered - since, problems

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,14 +83,18 @@ def test_too_long_a_chat_is_refused_by_the_code_that_clients_know(server: RealSe
 
 
 def test_an_abort_by_name_ends_a_long_answer(server: RealServer) -> None:
-    def abort_soon() -> None:
-        time.sleep(0.3)
-        assert httpx.post(f"{server.url}/abort_request", json={"rid": "long-one"}, timeout=10).status_code == 200
+    answered = threading.Event()
 
-    thread = threading.Thread(target=abort_soon)
+    def abort() -> None:
+        while not answered.wait(0.2):
+            response = httpx.post(f"{server.url}/abort_request", json={"rid": "long-one"}, timeout=10)
+            assert response.status_code == 200
+
+    thread = threading.Thread(target=abort)
     thread.start()
     params = {"max_new_tokens": 4000, "ignore_eos": True}
     answer = post(server, "/generate", {"text": "Once", "rid": "long-one", "sampling_params": params})
+    answered.set()
     thread.join()
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert answer["meta_info"]["completion_tokens"] < 4000

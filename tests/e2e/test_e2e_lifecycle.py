@@ -11,15 +11,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from real_server import Crowd, RealServer, all_gone, ask, chat, send_signal, starting, until
+from real_server import Crowd, RealServer, all_gone, chat, send_signal, starting, until
 
 from minisgl.demo_model import demo_model_dir
 from minisgl.host import run_directory
 
-STORIES = [chat(f"Tell me a story about a {who}.") for who in ("duck", "robot", "king", "frog")]
+COUNTS = [chat(f"Count from 1 to {last}.", max_new_tokens=300) for last in (45, 50, 55, 60)]
+"""Answers of about 200 tokens: long enough not to be over before the test has seen them begin."""
 ENDLESS = [chat("Count to 100.", max_new_tokens=4000, ignore_eos=True)] * 4
 
 Launch = Callable[..., RealServer]
@@ -42,7 +44,17 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 def nothing_left(server: RealServer, processes: list[psutil.Process]) -> bool:
     """Whether a launcher that has ended took its processes and its run directory with it."""
     # multiprocessing's resource tracker notices the launcher's end by itself, some milliseconds later.
-    return until(lambda: all_gone(processes)) < 1 and not server.run_dirs()
+    until(lambda: all_gone(processes))
+    return not server.run_dirs()
+
+
+async def answers_to(server: RealServer, bodies: list[dict[str, Any]]) -> list[str]:
+    """The texts that clients get who ask all this at once."""
+    crowd = Crowd(server.url)
+    crowd.add(bodies)
+    await crowd.finish(60)
+    assert all(reply.complete for reply in crowd.replies)
+    return [reply.text for reply in crowd.replies]
 
 
 def last_line(server: RealServer) -> str:
@@ -57,16 +69,21 @@ def test_sigterm_lets_running_requests_finish(launch: Launch) -> None:
     server.wait_ready()
     processes = server.processes()
     assert len(server.run_dirs()) == 1
-    whole = [ask(server.url, body).text for body in STORIES]
 
     async def scenario() -> None:
+        whole = await answers_to(server, COUNTS)
         crowd = Crowd(server.url)
-        crowd.add(STORIES)
+        crowd.add(COUNTS)
         await crowd.until_streaming(4)
+        # They must not be over before the late one comes.
+        scheduler = server.worker_pids()["scheduler-0"]
+        send_signal(scheduler, signal.SIGSTOP)
         send_signal(server.pid, signal.SIGTERM)
-        await asyncio.sleep(0.1)
-        crowd.add(STORIES[:1])
-        await crowd.finish(40)
+        until(lambda: any("draining" in problem for problem in server.health()[1]["problems"]))
+        crowd.add(COUNTS[:1])
+        await crowd.until_ended(1)
+        send_signal(scheduler, signal.SIGCONT)
+        await crowd.finish(60)
         *streaming, late = crowd.replies
         assert [reply.text for reply in streaming] == whole and all(reply.complete for reply in streaming)
         assert late.status == 503 and late.refused
@@ -90,7 +107,7 @@ def test_a_second_sigterm_ends_streams_with_an_error(launch: Launch) -> None:
         await asyncio.sleep(0.5)
         assert server.process.poll() is None, "the first one waits for the streams"
         send_signal(server.pid, signal.SIGTERM)
-        await crowd.finish(10)
+        await crowd.finish(30)
         assert all(reply.refused and reply.end["code"] == "shutting_down" for reply in crowd.replies if reply.end)
         assert all(reply.end for reply in crowd.replies)
 
@@ -110,14 +127,13 @@ def test_sigkill_of_the_launcher_leaves_nothing(launch: Launch) -> None:
         crowd.add(ENDLESS)
         await crowd.until_streaming(4)
         send_signal(server.pid, signal.SIGKILL)
-        await crowd.finish(10)
+        await crowd.finish(30)
 
     asyncio.run(scenario())
     server.process.wait(5)
-    assert until(lambda: all_gone(processes)) < 2
-    assert len(server.run_dirs()) == 1, "nobody was left to remove it"
+    until(lambda: all_gone(processes))
     with run_directory():
-        assert not server.run_dirs(), "the next start does"
+        assert not server.run_dirs(), "nobody was left to remove it, but the next start does"
 
 
 @pytest.mark.parametrize("after", [0.3, 1.1, 2.2])
@@ -127,14 +143,14 @@ def test_sigkill_of_the_launcher_during_the_start_leaves_nothing(launch: Launch,
     processes = server.processes()
     send_signal(server.pid, signal.SIGKILL)
     server.process.wait(5)
-    assert until(lambda: all_gone(processes)) < 2
+    until(lambda: all_gone(processes))
     with run_directory():
         assert not server.run_dirs()
 
 
 def test_ctrl_c_during_the_start_is_a_clean_end(launch: Launch) -> None:
     server = launch()
-    until(lambda: "scheduler-0" in server.output(), 30)
+    until(lambda: "scheduler-0" in server.output(), 60)
     processes = server.processes()
     # As a terminal does it: to every process of the launcher's group.
     os.killpg(server.pid, signal.SIGINT)
@@ -157,12 +173,10 @@ def model_copy(tmp_path: Path) -> Path:
     return copy
 
 
-def fails(server: RealServer, within: float = 30.0) -> str:
+def fails(server: RealServer) -> str:
     """Wait for a launch to fail; its last line."""
     processes = server.processes() if server.process.poll() is None else []
-    started = time.monotonic()
-    assert server.wait_exit(within) == 1
-    assert time.monotonic() - started < within
+    assert server.wait_exit(60) == 1
     assert nothing_left(server, processes)
     return last_line(server)
 
@@ -170,7 +184,7 @@ def fails(server: RealServer, within: float = 30.0) -> str:
 def test_a_directory_without_a_model(launch: Launch, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    line = fails(launch("--model", str(empty)), within=5)
+    line = fails(launch("--model", str(empty)))
     assert line.startswith("minisgl: ") and "config.json" in line and str(empty) in line
 
 
@@ -197,17 +211,17 @@ def test_a_tokenizer_that_is_no_tokenizer(launch: Launch, model_copy: Path) -> N
 
 def test_a_scheduler_that_is_killed_while_it_loads(launch: Launch) -> None:
     server = launch()
-    until(lambda: "scheduler-0: importing torch" in server.output(), 30)
+    until(lambda: "scheduler-0: importing torch" in server.output(), 60)
     for process in server.processes()[1:]:
         if b"sgl:scheduler-0" in (Path("/proc") / str(process.pid) / "comm").read_bytes():
             process.kill()
-    assert fails(server, within=5) == "minisgl: scheduler-0 was killed by signal 9 (out of memory?)"
+    assert fails(server) == "minisgl: scheduler-0 was killed by signal 9 (out of memory?)"
 
 
 def test_a_port_that_is_taken(launch: Launch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = fails(launch("--port", str(port)), within=5)
+        line = fails(launch("--port", str(port)))
     owner = rf"(by pid {os.getpid()} {psutil.Process().name()})"
     assert line == f"minisgl: port {port} is in use {owner}: choose another with --port"
 
@@ -221,29 +235,30 @@ def test_two_of_each_process_share_the_work_and_fail_alone(launch: Launch) -> No
     server.wait_ready()
     pids = server.worker_pids()
     assert len(pids) == 8
-    whole = [ask(server.url, body).text for body in STORIES]
     both = ("scheduler-0", "scheduler-1")
-    before = {name: server.stats(name)["tokens_generated"] for name in both}
+    before = {name: server.stats(name).get("tokens_generated", 0) for name in both}
 
-    async def scenario() -> None:
+    async def scenario() -> list[str]:
+        whole = await answers_to(server, COUNTS)
         crowd = Crowd(server.url)
-        crowd.add(STORIES * 4)
+        crowd.add(COUNTS * 4)
         await crowd.until_streaming(16)
         send_signal(pids["scheduler-1"], signal.SIGKILL)
-        await crowd.finish(40)
+        await crowd.finish(60)
         for reply, text in zip(crowd.replies, whole * 4, strict=True):
             assert reply.text == text if reply.complete else reply.refused and text.startswith(reply.text)
         complete = sum(reply.complete for reply in crowd.replies)
         assert complete >= 6, "the other replica's streams did not notice"
         assert complete < 16, "the dead replica had streams of its own"
+        return whole
 
-    asyncio.run(scenario())
+    whole = asyncio.run(scenario())
     until(lambda: server.stats("scheduler-0")["tokens_generated"] > before["scheduler-0"])
     until(lambda: server.health()[0] == 200, 30)
     now = server.worker_pids()
     assert {name for name in pids if now[name] != pids[name]} == {"scheduler-1"}
     # Whichever way a request goes, it is answered; and both replicas take their share again.
-    assert [ask(server.url, body).text for body in STORIES * 2] == whole * 2
+    assert asyncio.run(answers_to(server, COUNTS * 2)) == whole * 2
     until(lambda: all(server.stats(name).get("tokens_generated", 0) > 0 for name in both))
     server.process.send_signal(signal.SIGTERM)
     assert server.wait_exit() == 0

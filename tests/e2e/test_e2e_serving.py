@@ -69,7 +69,7 @@ def expected(server: RealServer) -> list[str]:
 def healthy(server: RealServer) -> Iterator[None]:
     """Every test finds a healthy server, and leaves one behind that has nothing in flight."""
     yield
-    until(lambda: is_healthy(server), 20)
+    until(lambda: is_healthy(server), 60)
     until(lambda: idle(server))
     assert server.stats("scheduler-0")["kv_pages_leaked"] == 0
     until(lambda: server.stats("http-0")["in_flight"] == 0)
@@ -169,7 +169,7 @@ def test_clients_that_leave_free_their_pages(server: RealServer) -> None:
         freed_after = until(lambda: server.stats("scheduler-0")["running"] == 0)
         stats = server.stats("scheduler-0")
         assert stats["kv_pages_free"] + stats.get("kv_pages_cached", 0) == stats["kv_pages_total"]
-        assert freed_after < 2.0
+        assert freed_after < 5
 
     asyncio.run(scenario())
     until(lambda: server.stats("http-0")["aborting"] == 0)
@@ -202,7 +202,7 @@ def test_a_killed_worker_costs_no_reply(server: RealServer, expected: list[str],
         await asyncio.sleep(0.01)
         killed_at = send_signal(pids[worker], signal.SIGKILL)
         crowd.add(LONG[:1])
-        await crowd.finish(40)
+        await crowd.finish(60)
         newcomer = crowd.replies.pop()
         assert newcomer.complete and newcomer.text == expected[0], "who comes after the death just waits a little"
         check_replies(crowd.replies, expected * 2, connections_may_break=worker == "http-0")
@@ -213,7 +213,7 @@ def test_a_killed_worker_costs_no_reply(server: RealServer, expected: list[str],
         await asyncio.wait_for(log.until_bad_then_good(killed_at), 30)
         watcher.cancel()
         noticed_after, problems = log.first_bad(killed_at)
-        assert noticed_after < 1.0
+        assert noticed_after < HANG_TIMEOUT / 2
         if worker != "http-0":
             assert any(problem.startswith(f"{worker} died (killed by signal 9)") for problem in problems)
 
@@ -224,7 +224,7 @@ def test_a_killed_worker_costs_no_reply(server: RealServer, expected: list[str],
     assert again.complete and again.text == expected[0]
 
 
-def test_a_stopped_scheduler_is_reported_within_a_second_and_goes_on_where_it_was(
+def test_a_stopped_scheduler_is_reported_in_time_and_goes_on_where_it_was(
     server: RealServer, expected: list[str]
 ) -> None:
     async def scenario() -> None:
@@ -234,14 +234,13 @@ def test_a_stopped_scheduler_is_reported_within_a_second_and_goes_on_where_it_wa
         crowd.add(LONG)
         await crowd.until_streaming(4)
         stopped_at = send_signal(pid, signal.SIGSTOP)
-        await asyncio.sleep(1.3)
+        await asyncio.wait_for(log.until_bad(stopped_at), HANG_TIMEOUT - 1)
         send_signal(pid, signal.SIGCONT)
-        await crowd.finish(40)
+        await crowd.finish(60)
         await asyncio.wait_for(log.until_bad_then_good(stopped_at), 30)
         watcher.cancel()
         assert [reply.text for reply in crowd.replies] == expected
-        noticed_after, problems = log.first_bad(stopped_at)
-        assert noticed_after < 1.0
+        _, problems = log.first_bad(stopped_at)
         assert problems[0].startswith("scheduler-0 has not answered for ")
 
     asyncio.run(scenario())
@@ -259,15 +258,15 @@ def test_a_stopped_launcher_is_reported_and_blames_nobody_when_it_goes_on(server
     before = server.worker_pids()
     stopped_at = send_signal(server.pid, signal.SIGSTOP)
     try:
-        until(lambda: server.health()[0] == 503, 2)
+        until(lambda: server.health()[0] == 503)
         problems = server.health()[1]["problems"]
-        assert time.monotonic() - stopped_at < 1.5
-        assert problems[0].startswith("the supervisor has been silent for 1.")
+        assert time.monotonic() - stopped_at < HANG_TIMEOUT
+        assert problems[0].startswith("the supervisor has been silent for ")
         assert ask(server.url, LONG[0]).complete, "the ring turns without it"
         time.sleep(HANG_TIMEOUT)
     finally:
         send_signal(server.pid, signal.SIGCONT)
-    until(lambda: server.health()[0] == 200, 2)
+    until(lambda: server.health()[0] == 200)
     time.sleep(0.5)
     assert server.worker_pids() == before
 
@@ -337,7 +336,7 @@ def molest(path: Path, rng: random.Random) -> None:
     for frame in garbage_frames(rng):
         sender.send(frame)
     sender.send_multipart([b"two", b"frames"])
-    sender.close(500)
+    sender.close(10_000)
     for raw in (b"", b"GET / HTTP/1.0\r\n\r\n", rng.randbytes(20_000)):
         try:
             with socket.socket(socket.AF_UNIX) as connection:

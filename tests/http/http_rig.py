@@ -47,7 +47,7 @@ from minisgl.worker import run_worker
 multiprocessing.set_forkserver_preload(["minisgl.http.main"])
 M = TypeVar("M", bound=Message)
 VOCAB_SIZE = 1000
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 30.0
 
 
 class Rig:

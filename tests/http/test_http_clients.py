@@ -50,7 +50,7 @@ def test_a_client_that_leaves_is_aborted_at_once(rig: Rig, reset: bool, stream: 
     left = time.monotonic()
     leave(connection, reset)
     assert rig.from_http(AbortRequest).rid == request.rid
-    assert time.monotonic() - left < 0.5
+    assert time.monotonic() - left < 3
     # Its state is kept, and counts as running on the ring, until the scheduler acknowledges.
     rig.delta(request, "b", [1])
     rig.stats(aborted=before["aborted"] + 1, in_flight=0, aborting=1, streams=1)
@@ -137,7 +137,7 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(rig: Rig) -> None:
             rig.delta(slow_request, block)
             rig.delta(request, str(index))
             assert json.loads(response.readline()) == {"text_delta": str(index)}
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 5
         rig.delta(request, "", [], FinishReason.LENGTH)
         lines(response)
         rig.delta(slow_request, "", [], FinishReason.LENGTH)
@@ -154,7 +154,7 @@ def test_a_client_that_never_reads_is_dropped_at_the_allowance(rig: Rig) -> None
     before = rig.stats(in_flight=0)
     block = "x" * 100_000
     with unread_stream(rig) as (sock, slow_request):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not rig.tokenizers[0].wait(2):
             rig.delta(slow_request, block)
             assert time.monotonic() < deadline, "a client that does not read is kept for ever"

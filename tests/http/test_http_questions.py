@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,14 +215,13 @@ def test_a_flush_can_wait_for_running_requests(rig: Rig) -> None:
         answer_flush(rig, False, True)
     answer_flush(rig, True, True)
     assert text_of(connection)[0] == 200
-    connection = rig.post(b"", "/flush_cache?timeout=0.12")
-    started = time.monotonic()
+    connection = rig.post(b"", "/flush_cache?timeout=0.5")
     asked = 0
-    while rig.tokenizers[0].wait(300):
+    while rig.tokenizers[0].wait(1000):
         answer_flush(rig, False, False)
         asked += 1
     assert text_of(connection)[0] == 400
-    assert 2 <= asked <= 5 and time.monotonic() - started < 2
+    assert 2 <= asked <= 15
 
 
 @pytest.mark.parametrize("query", ["timeout=-1", "timeout=nan", "timeout=inf", "timeout=1e9", "timeout=x", "now=1"])

@@ -303,7 +303,7 @@ def test_server_info_has_settings_and_states_but_no_secrets() -> None:
         rig.healthy()
         key = {"Authorization": "Bearer very-secret"}
         for path in ("/server_info", "/get_server_info"):
-            connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
             connection.request("GET", path, headers=key)
             info = json.loads(connection.getresponse().read())
             assert (info["max_queued_requests"], info["dp_size"], info["served_model_name"]) == (77, 2, "demo")

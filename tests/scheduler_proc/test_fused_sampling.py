@@ -48,11 +48,12 @@ WISHES: list[dict[str, Any]] = [
     {"logprobs": 2, "prompt_logprobs_from": 0, "temperature": 0.0},
     {"logprobs": 0, "presence_penalty": 2.0, "temperature": 0.7, "seed": 4},
     {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "temperature": 0.0},
+    {"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "seed": 5},
 ]
 
 
-def engine_of(model: Decoder, fused: bool, captured: bool) -> StepEngine:
-    pool = KVPool(model.kv_shapes, PAGES + 1, PAGE_SIZE, torch.float32, DEVICE)
+def engine_of(model: Decoder, pages: int, fused: bool, captured: bool) -> StepEngine:
+    pool = KVPool(model.kv_shapes, pages + 1, PAGE_SIZE, torch.float32, DEVICE)
     graphs = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 4, CONTEXT) if fused else None
     if captured and graphs is not None:
         graphs.capture_first(lambda done, total: None)
@@ -62,10 +63,11 @@ def engine_of(model: Decoder, fused: bool, captured: bool) -> StepEngine:
     def forward(batch: ForwardBatch) -> torch.Tensor:
         return model.forward(batch, attention.begin_step(batch))
 
-    return StepEngine(model, forward, graphs, pool, PAGES, limits, DEVICE, 1)
+    return StepEngine(model, forward, graphs, pool, pages, limits, DEVICE, 1)
 
 
-def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logprobs]]]:
+def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logprobs]], int]:
+    """The tokens and log probabilities of each of WISHES, and how many preemptions there were."""
     core = ReplicaCore(engine, CONFIG, SPEC)
     for rid, fields in enumerate(WISHES):
         prompt = [rid + 1, *range(20, 31)]
@@ -79,11 +81,15 @@ def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logp
         for part in batch.logprobs if batch else ():
             assert batch is not None
             parts[batch.rids[part.row]].append(part)
-    return tokens, parts
+    return tokens, parts, core.scheduler.preemptions
 
 
-@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("captured", "pages"),
+    [(False, PAGES), pytest.param(True, PAGES, marks=pytest.mark.gpu), pytest.param(True, 7, marks=pytest.mark.gpu)],
+)
+def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, pages: int, tmp_path: Path) -> None:
+    """With all the pages they need, and with so few that requests are preempted."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     with torch.inference_mode():
         model = load_model(
@@ -98,12 +104,13 @@ def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, tmp
         assert isinstance(model, Decoder)
         # Noise this small makes nearly equal logits; larger weights keep rounding from deciding.
         model.weights.embedding.mul_(20)
-        plain, fused = engine_of(model, False, captured), engine_of(model, True, captured)
+        plain, fused = engine_of(model, PAGES, False, captured), engine_of(model, pages, True, captured)
     assert fused.runs_ahead and not plain.runs_ahead
-    expected_tokens, expected = serve(plain)
-    tokens, found = serve(fused)
+    expected_tokens, expected, _ = serve(plain)
+    tokens, found, preemptions = serve(fused)
     assert tokens == expected_tokens
-    assert [len(parts) for parts in found.values()] == [0, 6, 5, 0]
+    assert (preemptions > 0) == (pages < PAGES)
+    assert [len(parts) for parts in found.values()] == [0, 6, 5, 0, 0]
     assert found[1][0].of_prompt and len(found[1][0].values) == 12
     for rid in found:
         for ours, theirs in zip(found[rid], expected[rid], strict=True):

@@ -270,7 +270,7 @@ def test_a_compiling_request_holds_up_no_other_and_can_be_aborted(core: tuple[Re
         batch = replica.step()
         rows += zip(batch.rids, batch.finishes, strict=True) if batch else []
     assert rows == [(3, FinishReason.NONE)] * 19 + [(3, FinishReason.LENGTH)]
-    assert time.monotonic() - started < 5 and replica.busy
+    assert time.monotonic() - started < 20 and replica.busy
     replica.abort(1)
     batch = replica.step()
     assert batch is not None and (batch.rids, batch.finishes) == ([1], [FinishReason.ABORT])

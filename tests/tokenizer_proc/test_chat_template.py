@@ -116,7 +116,7 @@ def test_an_endless_template_is_stopped(source: str) -> None:
     started = time.monotonic()
     with pytest.raises(ChatTemplateError, match=r"took more than 0\.2 s"), time_limit(0.2):
         template.render(CHAT)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_the_time_limit_is_gone_afterwards() -> None:
