@@ -216,11 +216,27 @@ def pause(context: Any) -> Any:
 
 
 @intrinsic
-def yield_processor(context: Any) -> Any:
-    """() -> None: let another thread run (sched_yield)."""
+def sleep_while_equal(context: Any, address: Any, value: Any) -> Any:
+    """(address, value) -> None: sleep until woken, unless the lower 32 bits there are not `value`'s any more."""
+    return types.void(types.int64, types.int64), _futex(wait=True)
+
+
+@intrinsic
+def wake_sleepers(context: Any, address: Any) -> Any:
+    """(address) -> None: wake all threads that sleep at this address."""
+    return types.void(types.int64), _futex(wait=False)
+
+
+def _futex(wait: bool) -> Intrinsic:
+    """Code that makes Linux's system call futex (2) on x86-64, for threads of one process."""
+    number, private_wait, private_wake, everyone = 202, 128, 129, 2**31 - 1
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "sched_yield", _INT, [])
+        value = arguments[1] if wait else ir.Constant(_LONG, everyone)
+        operation = ir.Constant(_LONG, private_wait if wait else private_wake)
+        nothing = ir.Constant(_LONG, 0)
+        call = [ir.Constant(_LONG, number), arguments[0], operation, value, nothing, nothing, nothing]
+        _call(builder, "syscall", _LONG, call)
         return context.get_dummy_value()
 
-    return types.void(), generate
+    return generate

@@ -11,18 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.scheduler_proc.cpu.compiler import inlined
-from minisgl.scheduler_proc.cpu.intrinsics import atomic_add, atomic_load, pause, yield_processor
+from minisgl.scheduler_proc.cpu.intrinsics import atomic_add, atomic_load, pause, sleep_while_equal, wake_sleepers
 
 Job: TypeAlias = Callable[[int], None]
 
-_SPINS = 2000
-"""Turns of a waiting loop before the core is offered to others: about 50 microseconds."""
+_SPINS = 200
+"""Turns of a waiting loop, about 10 microseconds, before a thread sleeps. Whoever is late may have lost its core to
+another process; a core that falls idle is what the system gives it."""
 _LINE = 64
 """Bytes of a cache line; counters have one each."""
 
 
 def counters(phases: int) -> npt.NDArray[np.int64]:
-    """What the threads of a step of so many phases count with: the arrivals, then the items taken of each phase."""
+    """What the threads of a step of so many phases count: arrivals and sleepers, then the items taken of each phase."""
     return np.zeros((phases + 1) * _LINE // 8, np.int64)
 
 
@@ -35,15 +36,23 @@ def take(counts, phase):
 @inlined
 def wait_for_all(counts, threads, phase):
     """Wait until all threads are through with a phase; returns the next one's number."""
+    everyone, sleepers = threads * (phase + 1), counts + 8
     if threads > 1:
-        atomic_add(counts, 1)
-        spins = 0
-        while atomic_load(counts) < threads * (phase + 1):
-            spins += 1
-            if spins < _SPINS:
-                pause()
-            else:
-                yield_processor()
+        if atomic_add(counts, 1) + 1 == everyone:
+            if atomic_load(sleepers) > 0:
+                wake_sleepers(counts)
+        else:
+            spins = 0
+            arrived = atomic_load(counts)
+            while arrived < everyone:
+                if spins < _SPINS:
+                    pause()
+                else:
+                    atomic_add(sleepers, 1)
+                    sleep_while_equal(counts, arrived)
+                    atomic_add(sleepers, -1)
+                spins += 1
+                arrived = atomic_load(counts)
     return phase + 1
 
 
