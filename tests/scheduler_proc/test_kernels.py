@@ -19,7 +19,7 @@ from minisgl.scheduler_proc.kernels.elementwise import (  # noqa: E402
 )
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention  # noqa: E402
 from minisgl.scheduler_proc.kernels.prefill_attention import (  # noqa: E402
-    MOST_PROGRAMS,
+    MOST_ARRIVALS,
     SHORTEST_SPAN,
     TABLE_FIELDS,
     PrefillTiles,
@@ -166,7 +166,7 @@ def check_prefill(
         token += count
     tiles = PrefillTiles(heads, kv_heads, head_dim, DTYPE, torch.device(DEVICE))
     table = tiles.table(rows, tiles.most(tokens, len(chunks)) + spare_tiles)
-    arrivals = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=DEVICE)
+    arrivals = torch.zeros(MOST_ARRIVALS, dtype=torch.int32, device=DEVICE)
     found = prefill_attention(
         qkv,
         pool,
@@ -217,3 +217,15 @@ def test_a_table_of_tiles_covers_every_query_once() -> None:
         assert all(tile[2] - tile[1] == position - token and tile[0] <= tiles.tokens for tile in mine)
         span = mine[0][4]
         assert span % tiles.shape.keys == 0 and span * tiles.most_spans(most) >= position + count
+
+
+def test_a_long_chunk_fills_the_device_beside_decode_rows_too() -> None:
+    tiles = PrefillTiles(14, 2, 64, torch.bfloat16, torch.device("cpu"))
+    chunks = [*((index, 300, 1, 0) for index in range(32)), (32, 15776, 224, 0)]
+    most = tiles.most(256, 64)
+    table = tiles.table(chunks, most)
+    spans = [
+        -(-(position + count) // span) for count, _, position, _, span in zip(*[iter(table)] * 5, strict=True) if count
+    ]
+    assert max(spans) <= tiles.most_spans(most)
+    assert 0.75 * tiles.shape.programs < 2 * sum(count for count in spans if count > 1) <= tiles.shape.programs

@@ -24,6 +24,8 @@ MULTIPROCESSORS = 132
 """Of a Hopper GPU."""
 MOST_PROGRAMS = 2 * MULTIPROCESSORS
 """That run at a time."""
+MOST_ARRIVALS = 2 * MOST_PROGRAMS
+"""Tiles, counted once per key head, up to which a tile can have several spans."""
 MOST_SPANS = 64
 SHORTEST_SPAN = 768
 """Keys a program walks through before sharing them with another, and combining both results, would pay."""
@@ -251,11 +253,13 @@ class PrefillTiles:
 
     def most_spans(self, tiles: int) -> int:
         """Over how many programs one tile's keys are spread at most, where there are `tiles` tiles."""
-        return min(MOST_SPANS, max(1, 2 * self.shape.programs // (tiles * self._kv_heads)))
+        return min(MOST_SPANS, 1 + 2 * self.shape.programs // (tiles * self._kv_heads))
 
-    def _programs(self, counts: Sequence[int], ends: Sequence[int], span: int) -> int:
-        """How many programs have work where tiles up to position `end` are cut into spans."""
-        return sum(count * -(-end // span) for count, end in zip(counts, ends, strict=True)) * self._kv_heads
+    def _programs(self, counts: Sequence[int], ends: Sequence[int], span: int) -> float:
+        """How many programs work all the time where so many tiles each, up to position `end`, are cut into spans."""
+        return self._kv_heads * sum(
+            count * (-(-end // span) if end > span else end / span) for count, end in zip(counts, ends, strict=True)
+        )
 
     def table(self, chunks: Sequence[tuple[int, int, int, int]], tiles: int) -> list[int]:
         """The flat int32 table of a step's tiles, padded to `tiles` of them.
@@ -301,7 +305,7 @@ def prefill_attention(
         pool: [slots, 2, kv heads, head_dim], with the keys and values of this step already in it.
         page_table: int32, flat.
         table: int32, of tiles.table.
-        arrivals: int32 [MOST_PROGRAMS], zero, and zero again afterwards.
+        arrivals: int32 [MOST_ARRIVALS], zero, and zero again afterwards.
 
     Returns:
         [tokens, heads, head_dim]; tokens in no tile hold arbitrary values.

@@ -17,7 +17,7 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention
-from minisgl.scheduler_proc.kernels.prefill_attention import MOST_PROGRAMS, PrefillTiles, prefill_attention
+from minisgl.scheduler_proc.kernels.prefill_attention import MOST_ARRIVALS, PrefillTiles, prefill_attention
 from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend, small_splits
 from minisgl.scheduler_proc.kernels.small_linear import MAX_ROWS, MAX_WIDTH, linear_add, norm_gate_up, norm_linear
 from minisgl.scheduler_proc.models.config import ModelConfig
@@ -85,7 +85,7 @@ class FusedDecoder:
         device = pool.layers[0].device
         config = self.config
         self.tiles = PrefillTiles(config.num_heads, config.num_kv_heads, config.head_dim, pool.layers[0].dtype, device)
-        self._arrivals = torch.zeros(MOST_PROGRAMS, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(MOST_ARRIVALS, dtype=torch.int32, device=device)
         self._tables = _rotation_tables(decoder.rope, context_length, device)
         self._small_batches = small_batch_kernels_fit(self.config)
         self._pdl = dependent_launch.supported(device)
