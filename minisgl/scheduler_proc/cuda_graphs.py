@@ -103,8 +103,8 @@ class GraphRunner:
         self._device = device
         self.last_tokens = torch.zeros(max_running + most_rows, dtype=torch.int64, device=device)
         self.last_places: dict[int, int] = {}
-        config = model.config
-        self.sampler = DeviceSampler(config.vocab_size, max(max_running, most_rows), pool.layers[0].dtype, device)
+        head = model.weights.head
+        self.sampler = DeviceSampler(head.shape[0], max(max_running, most_rows), head.dtype, device)
         self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._prefill_graphs: dict[PrefillSize, tuple[torch.cuda.CUDAGraph, StepLogits]] = {}
         self._graph_memory: Any = None

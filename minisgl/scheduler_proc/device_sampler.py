@@ -68,7 +68,8 @@ class DeviceSampler:
         self._free_slots = list(range(max_rows))
         self._requests: list[Request] = []
         self._positions: list[int] = []
-        self._address = self._phases = 0
+        self._addresses = (0, 0)
+        self._phases = 0
 
     def launch_all(self) -> None:
         """Launch every kernel once, without rows."""
@@ -101,10 +102,10 @@ class DeviceSampler:
         """
         requests = [row.request for row in rows]
         positions = [row.start + row.length for row in rows]
-        address = logits.data_ptr()
-        if address != self._address or positions != self._positions or requests != self._requests:
-            self._send(requests, positions, logits, likeliest)
-            self._address, self._requests = address, requests
+        addresses = (logits.data_ptr(), likeliest.data_ptr())
+        if addresses != self._addresses or positions != self._positions or requests != self._requests:
+            self._send(requests, positions, addresses)
+            self._addresses, self._requests = addresses, requests
         self._positions = [position + 1 for position in positions]
         size = next(size for size in self._sizes if size >= len(rows))
         if self._graphs:
@@ -124,9 +125,7 @@ class DeviceSampler:
         fields = self._block.view("fields", len(Field) * self._max_rows)
         kernels.sample_rows(rows, phases, addresses, fields, self._tokens, self._scratch, self._dtype)
 
-    def _send(
-        self, requests: list[Request], positions: list[int], logits: torch.Tensor, likeliest: torch.Tensor
-    ) -> None:
+    def _send(self, requests: list[Request], positions: list[int], addresses: tuple[int, int]) -> None:
         """Send the rows' parameters."""
         for request, position in zip(self._requests, self._positions, strict=True):
             if request in self._known:
@@ -146,8 +145,8 @@ class DeviceSampler:
         fields[Field.POSITION, : len(known)] = positions
         fields[Field.SLOT, : len(known)] = [one.slot for one in known]
         marks = self._marks.data_ptr() if self._marks is not None else 0
-        addresses = np.array([logits.data_ptr(), likeliest.data_ptr(), marks], np.int64)
-        self._block.fill({"addresses": addresses.view(np.int32), "fields": fields.reshape(-1)})
+        words = np.array([*addresses, marks], np.int64).view(np.int32)
+        self._block.fill({"addresses": words, "fields": fields.reshape(-1)})
         self._phases = max(one.phases for one in known)
 
     def _look_at(self, request: Request) -> _Known:
