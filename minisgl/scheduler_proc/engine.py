@@ -164,6 +164,9 @@ class StepEngine:
                 page_bytes=bytes_per_token(loaded.kv_shapes, dtype) * page_size,
                 activation_bytes=activation_bytes,
             )
+            if tiles is not None:
+                progress("compiling kernels", 0, 0)
+                make_engine(1).launch(_trial_plan([(0, 1)], 1, [0]))
             engine = make_engine(num_pages)
             if engine.graphs is not None and not config.disable_cuda_graph:
                 engine.graphs.capture_first(partial(progress, "capturing CUDA graphs"))

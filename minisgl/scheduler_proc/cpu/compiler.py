@@ -16,9 +16,25 @@ _settings: Any = numba.config
 _settings.CPU_NAME = llvmlite.binding.get_host_cpu_name()
 _settings.CPU_FEATURES = llvmlite.binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
-compiled: Compiler = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+def _can_keep() -> bool:
+    """Whether numba finds a place on disk that it may write to: beside the source, or in the user's cache."""
+
+    def nothing() -> None:
+        pass
+
+    try:
+        njit(cache=True)(nothing)
+    except RuntimeError:
+        return False
+    return True
+
+
+_KEEP = _can_keep()
+
+compiled: Compiler = njit(nogil=True, cache=_KEEP, error_model="numpy", fastmath={"contract"})
 """Products and sums may be fused into one instruction; nothing else changes what the source says."""
-compiled_to_sum: Compiler = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+compiled_to_sum: Compiler = njit(nogil=True, cache=_KEEP, error_model="numpy", fastmath={"contract", "reassoc"})
 """Sums may also be added up in another order, so that a loop which adds one number to another can be vectorised."""
 inlined: Compiler = njit(inline="always")
 """Becomes part of its caller, with the caller's rules. What calls compiled functions should be inlined itself: numba
