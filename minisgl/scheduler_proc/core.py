@@ -24,7 +24,8 @@ GRAMMAR_WAIT_SECONDS = 0.005
 """How long a step without anything to compute waits for a grammar; new requests wait meanwhile."""
 
 FINE_CHUNK = 256
-"""Tokens of a long prompt computed beside running streams on CUDA: less than two of their steps for a small model."""
+"""Tokens of a step with a long prompt beside running streams on CUDA, theirs included: a small model then takes less
+than three times as long for it as for theirs alone, up to some 16,000 positions."""
 
 
 class StepRunner(Protocol):
