@@ -38,7 +38,8 @@ from minisgl.scheduler_proc.scheduler import SchedulerLimits
 
 if TYPE_CHECKING:
     from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
-    from minisgl.scheduler_proc.cuda_graphs import GraphRunner, StepLogits
+    from minisgl.scheduler_proc.cuda_graphs import GraphRunner
+    from minisgl.scheduler_proc.models.fused_decoder import StepLogits
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class StepEngine:
         device_name: torch's name of the device first, then what it is.
         dtype_name: precision of weights and KV, such as bfloat16.
         weight_bytes, kv_bytes_per_token: memory of the weights, and of one token's keys and values in all layers.
+        model: the weights, and where no CUDA graph does it, what computes with them.
         graphs: the CUDA path; None where it does not apply.
         runs_ahead: whether a step may be launched before the one before it is retired.
     """
@@ -89,6 +91,7 @@ class StepEngine:
         self.weight_bytes = model.weight_bytes
         self.kv_bytes_per_token = bytes_per_token(model.kv_shapes, pool.layers[0].dtype)
         self.runs_ahead = graphs is not None
+        self.model = model
         self._forward = forward
         self.graphs = graphs
         self._limits = limits

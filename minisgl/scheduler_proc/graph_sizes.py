@@ -19,9 +19,11 @@ PREFILL_ROWS = (1, 8, 64)
 MOST_MORE_PADDING = 256
 """Tokens by which the graph of chunks may grow to take decode rows in: they cost about as much as those rows' own."""
 
-FIRST_DECODES = (1, 8, 64)
-FIRST_PREFILLS = ((64, 1), (512, 8))
-"""What the first graphs are, beside the largest of both kinds: few rows wait little, and many fit the largest."""
+FIRST_DECODES = (1, 2, 4, 8, 16, 32, 64, 128)
+FIRST_PREFILLS = ((16, 1), (64, 1), (64, 8), (512, 1), (512, 8), (512, 64))
+"""What the first graphs are, beside the largest of both kinds: a server that is busy from its first second on captures
+no others (a graph takes 16 ms), and no step may cost it much more than twice what it needs. The last one takes the
+chunks of a long prompt beside up to 63 decode rows."""
 
 
 def decode_sizes(max_running: int) -> list[int]:

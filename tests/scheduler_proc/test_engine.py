@@ -140,7 +140,7 @@ def test_logits_that_are_not_finite_give_tokens_and_one_warning(
 ) -> None:
     engine = load_engine(model.spec)
     with torch.inference_mode():
-        engine._model.weights.norm.fill_(float("nan"))
+        engine.model.weights.norm.fill_(float("nan"))
     sampled = SamplingParams(max_new_tokens=5, temperature=1.0, top_p=0.9, seed=1)
     with caplog.at_level("WARNING"):
         outputs, _ = serve(engine, model.spec, [(prompts()[0], GREEDY), (prompts()[1], sampled)])

@@ -20,7 +20,7 @@ def test_few_graphs_serve_every_step_that_all_of_them_serve(max_running: int, co
     decodes, prefills = decode_sizes(max_running), prefill_sizes(context_length)
     order, first = capture_order(decodes, prefills)
     assert sorted(map(str, order)) == sorted(map(str, (*decodes, *prefills)))
-    assert 2 <= first <= 8
+    assert 2 <= first <= 16
     few_decodes = [size for size in order[:first] if isinstance(size, int)]
     few_prefills = [size for size in order[:first] if not isinstance(size, int)]
     for rows in range(1, max_running + 1):
@@ -33,6 +33,18 @@ def test_few_graphs_serve_every_step_that_all_of_them_serve(max_running: int, co
         assert few is not None and few[0] >= tokens and few[1] >= rows
     assert fitting_decode(max_running + 1, decodes) is None
     assert fitting_prefill(10**6, 1, prefills) is None
+
+
+def test_the_first_graphs_fit_what_a_server_under_load_runs() -> None:
+    order, first = capture_order(decode_sizes(256), prefill_sizes(4096))
+    decodes = [size for size in order[:first] if isinstance(size, int)]
+    prefills = [size for size in order[:first] if not isinstance(size, int)]
+    for rows in range(1, 257):
+        size = fitting_decode(rows, decodes)
+        assert size is not None and size <= 2 * rows
+    # A long prompt's chunk beside 32 and 63 streams.
+    for decode_rows in (32, 63):
+        assert fitting_prefill(256, 1 + decode_rows, prefills) == (512, 64)
 
 
 def test_the_largest_of_each_kind_is_captured_before_the_smaller_ones() -> None:

@@ -38,7 +38,7 @@ def test_alone_batched_chunked_and_preempted(family: str, model: Checkpoint) -> 
     assert any(len(set(tokens)) > 2 for tokens in expected), "the oracle repeats itself"
 
     engine = load_engine(model.spec)
-    assert isinstance(engine._model, Decoder) == (family in NATIVE_FAMILIES)
+    assert isinstance(engine.model, Decoder) == (family in NATIVE_FAMILIES)
     alone = [serve(engine, model.spec, [request])[0][0] for request in requests]
     assert alone == expected
 
