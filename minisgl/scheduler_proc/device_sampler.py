@@ -162,7 +162,8 @@ class DeviceSampler:
         fields[Field.SEED_LOW : Field.SEED_HIGH + 1] = mixed_seeds([seed]).view(np.int32)
         fields[Field.EARLIEST_STOP] = request.earliest_stop
         fields[Field.TOP_K] = sampling.top_k if has_k else 0
-        fields[Field.NEAREST_DROPPED] = kernels.distance_of(-math.log(max(sampling.min_p, 1e-45))) + 1
+        farthest = kernels.FARTHEST if sampling.min_p <= 0.0 else int(-math.log(sampling.min_p) * kernels.UNIT)
+        fields[Field.NEAREST_DROPPED] = min(farthest, kernels.FARTHEST) + 1
         fields[Field.TEMPERATURE :].view(np.float32)[:] = (
             sampling.temperature,
             sampling.top_p,

@@ -1,15 +1,14 @@
 """Penalties, filters and the draw for rows of logits, without a sort, in kernels that can be captured in a CUDA graph.
 
-A row's vocabulary is cut into blocks of BLOCK tokens. `_survey` finds every block's best logit and weight, where a
-token's weight is exp((its logit - the row's best) / temperature). `_choose` draws: first a block by the blocks'
-weights, then a token in it.
+A row's vocabulary is cut into blocks of BLOCK tokens, one program each. `_survey` finds every block's best logit and
+weight, where a token's weight is exp((its logit - the row's best) / temperature). `choose` draws: first a block by the
+blocks' weights, then a token in it.
 
-Filters need the last token that they keep. Its distance from the best is searched by `_narrow`: a pass divides an
-interval of distances into FAN parts, and every program adds what its blocks have up to the end of each part - tokens
-for top-k, weight for top-p - to the row's totals. The next pass takes the part in which the goal is reached. A distance
-is a whole number below FAN**PASSES, so after PASSES passes it is known; of several tokens with that distance the first
-ones in the vocabulary are kept. `_weigh_kept` then weighs the blocks again, without what is filtered out. A block whose
-best token is too far away is passed over.
+Filters need the last token that they keep. Its *distance* (best - logit) / temperature is searched as a whole number of
+2**-23 by `_narrow`: a pass divides an interval of distances into FAN parts, and every program adds what its block has
+up to the end of each part - tokens for top-k, weight for top-p - to the row's totals. The next pass takes the part in
+which the goal is reached. After PASSES passes the distance is exact; of several tokens with that distance the first
+ones in the vocabulary are kept. `_weigh_kept` then weighs the blocks again, without what is filtered out.
 
 Everything is added in an order that does not depend on what runs beside it, or as whole numbers, so a row's token does
 not either. The plain reference is sampler.py.
@@ -18,32 +17,27 @@ not either. The plain reference is sampler.py.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from minisgl.scheduler_proc.kernels import dependent_launch
-from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
 
 BLOCK = 2048
+CHUNK = 512
+"""Tokens of a block that are looked at together."""
 FAN = 16
-PASSES = 6
-FARTHEST: int = FAN**PASSES - 1
-"""Largest distance; tokens there have no weight."""
-MOST_PROGRAMS = 1024
-"""About so many programs search; each takes several blocks if there are more."""
+PASSES = 7
+UNIT = 2**23
+FARTHEST = 2**28 - 1
+"""Largest distance; tokens from there on have no weight where filters apply (exp(-32) of the likeliest)."""
 
 _BLOCK = tl.constexpr(BLOCK)
+_CHUNK = tl.constexpr(CHUNK)
 _FAN = tl.constexpr(FAN)
 _PASSES = tl.constexpr(PASSES)
+_UNIT = tl.constexpr(float(UNIT))
 _FARTHEST = tl.constexpr(FARTHEST)
 _OUTSIDE = tl.constexpr(2**30)
-_ONE_BITS = 0x3F800000
-_ONE = tl.constexpr(_ONE_BITS)
 _MASS = tl.constexpr(float(2**40))
 """Weights are added up over blocks as whole numbers of 2**-40."""
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -144,27 +138,22 @@ def _scores(addresses, fields, row, columns, VOCAB: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _distance(x, best, temperature):
-    """How far a logit is below the best: not negative, in temperatures; and as a whole number up to _FARTHEST.
-
-    The number is made of the leading bits of 1 + the former, so it keeps the order and most of float32's precision.
-    """
+def _nearness(x, best, temperature):
+    """How far below the best a logit is: not negative, in temperatures; and as a distance."""
     y = tl.maximum((best - x) / temperature, 0.0)
-    bits = (1.0 + tl.minimum(y, 255.0)).to(tl.int32, bitcast=True)
-    return y, tl.minimum((bits - _ONE) >> 2, _FARTHEST)
+    return y, tl.minimum((tl.minimum(y, 32.0) * _UNIT).to(tl.int32), _FARTHEST)
 
 
 @triton.jit
-def _weight_at(distance):
-    """The weight of tokens at a distance."""
-    return tl.exp(1.0 - ((distance << 2) + _ONE).to(tl.float32, bitcast=True))
+def _best_of_row(bests, row, BLOCKS: tl.constexpr, BLOCKS_POW2: tl.constexpr):
+    blocks = tl.arange(0, BLOCKS_POW2)
+    return tl.max(tl.load(bests + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=-_LARGEST), axis=0)
 
 
 @triton.jit
 def _survey(
     addresses,
     fields,
-    row_bests,
     bests,
     masses,
     totals,
@@ -172,11 +161,8 @@ def _survey(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Every block's best logit, and its weight relative to that; the row's best; and totals that begin at zero."""
-    if PDL:
-        gdc_launch_dependents()
+    """Every block's best logit, and its weight relative to that; and totals that begin at zero."""
     block, row = tl.program_id(0), tl.program_id(1)
     kind = _whole(fields, row, ROWS, _KIND)
     if kind >= _LIKELIEST_ADJUSTED:
@@ -188,7 +174,6 @@ def _survey(
         x = _scores(addresses, fields, row, columns, VOCAB, ROWS, DTYPE)
         best = tl.max(x, axis=0)
         tl.store(bests + row * BLOCKS + block, best)
-        tl.atomic_max(row_bests + row, best, sem="relaxed")
         if kind == _DRAWN:
             weights = tl.exp((x - best) / _real(fields, row, ROWS, _TEMPERATURE))
             weights = tl.where(columns < VOCAB, weights, 0.0)
@@ -212,7 +197,7 @@ def _goal(fields, totals, row, limit, extra, ROWS: tl.constexpr, phase):
     """
     top_k = _whole(fields, row, ROWS, _TOP_K)
     nearer = tl.load(totals + ((row * 2 + phase) * _PASSES + 1) * _FAN - 1)
-    everything = nearer.to(tl.float64) + extra * (_weight_at(limit) * _MASS).to(tl.float64)
+    everything = nearer.to(tl.float64) + extra * (tl.exp(-limit / _UNIT) * _MASS).to(tl.float64)
     weight = (everything * _real(fields, row, ROWS, _TOP_P)).to(tl.int64)
     return tl.where((top_k > 0) & (phase == 0), top_k.to(tl.int64), tl.maximum(weight, 1))
 
@@ -237,17 +222,16 @@ def _cut(fields, totals, starts, below, row, limit, extra, ROWS: tl.constexpr, p
     by_count = (phase == 0) & (_whole(fields, row, ROWS, _TOP_K) > 0)
     most = tl.where(last < limit, 2**30, extra)
     last = tl.minimum(last, limit)
-    one = tl.where(by_count, 1.0, _weight_at(last) * _MASS).to(tl.float64)
+    one = tl.where(by_count, 1.0, tl.exp(-last / _UNIT) * _MASS).to(tl.float64)
     short = _goal(fields, totals, row, limit, extra, ROWS, phase) - nearer
     ties = tl.ceil(short.to(tl.float64) / tl.maximum(one, 1.0))
     return last, tl.minimum(tl.minimum(tl.maximum(ties, 1.0), 2.0**30).to(tl.int32), most)
 
 
-@triton.jit(do_not_specialize=["phase", "number", "span"])
+@triton.jit(do_not_specialize=["phase", "number"])
 def _narrow(
     addresses,
     fields,
-    row_bests,
     bests,
     totals,
     starts,
@@ -255,59 +239,57 @@ def _narrow(
     cuts,
     phase,
     number,
-    span,
     VOCAB: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BLOCKS_POW2: tl.constexpr,
     DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Add what `span` blocks have up to the end of each part of the row's interval."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    first, row = tl.program_id(0) * span, tl.program_id(1)
-    known = (phase == 1) & (number > 0)
-    limit = tl.load(cuts + row * 2, mask=known, other=_FARTHEST + 1)
-    extra = tl.load(cuts + row * 2 + 1, mask=known, other=0)
-    if (phase == 1) & (number == 0):
-        limit, extra = _cut(fields, totals, starts, below, row, limit, extra, ROWS, 0)
-    start, nearer = _interval(fields, totals, starts, below, row, limit, extra, ROWS, phase, number)
-    best = tl.load(row_bests + row)
-    temperature = _real(fields, row, ROWS, _TEMPERATURE)
-    by_count = (phase == 0) & (_whole(fields, row, ROWS, _TOP_K) > 0)
+    """Add a block's tokens or weight up to the end of each part of the row's interval."""
+    block, row = tl.program_id(0), tl.program_id(1)
     if _searches(fields, row, ROWS, phase):
+        limit = tl.full((), _FARTHEST + 1, tl.int32)
+        extra = tl.full((), 0, tl.int32)
+        if phase == 1:
+            if number == 0:
+                limit, extra = _cut(fields, totals, starts, below, row, limit, extra, ROWS, 0)
+                if block == 0:
+                    tl.store(cuts + row * 2, limit)
+                    tl.store(cuts + row * 2 + 1, extra)
+            else:
+                limit = tl.load(cuts + row * 2)
+                extra = tl.load(cuts + row * 2 + 1)
+        start, nearer = _interval(fields, totals, starts, below, row, limit, extra, ROWS, phase, number)
         index = (row * 2 + phase) * _PASSES + number
-        if first == 0:
+        if block == 0:
             tl.store(starts + index, start)
             tl.store(below + index, nearer)
-            if (phase == 1) & (number == 0):
-                tl.store(cuts + row * 2, limit)
-                tl.store(cuts + row * 2 + 1, extra)
-        parts = tl.arange(0, _FAN)
         step = 1 << (number * -4 + 4 * (_PASSES - 1))
-        ends = tl.minimum(start + (parts + 1) * step, limit) - 1
-        farthest = tl.minimum(start + _FAN * step, limit) - 1
-        sums = tl.zeros((_FAN,), tl.int64)
-        for block in range(first, tl.minimum(first + span, BLOCKS)):
-            _, nearest = _distance(tl.load(bests + row * BLOCKS + block), best, temperature)
-            if nearest <= farthest:
-                columns = block * _BLOCK + tl.arange(0, _BLOCK)
+        ends = tl.minimum(start + (tl.arange(0, _FAN) + 1) * step, limit) - 1
+
+        temperature = _real(fields, row, ROWS, _TEMPERATURE)
+        best = _best_of_row(bests, row, BLOCKS, BLOCKS_POW2)
+        _, nearest = _nearness(tl.load(bests + row * BLOCKS + block), best, temperature)
+        if nearest <= tl.max(ends, axis=0):
+            by_count = (phase == 0) & (_whole(fields, row, ROWS, _TOP_K) > 0)
+            added = tl.zeros((_FAN, _CHUNK), tl.float32)
+            for chunk in range(_BLOCK // _CHUNK):
+                columns = block * _BLOCK + chunk * _CHUNK + tl.arange(0, _CHUNK)
                 x = _scores(addresses, fields, row, columns, VOCAB, ROWS, DTYPE)
-                y, distance = _distance(x, best, temperature)
+                y, distance = _nearness(x, best, temperature)
                 distance = tl.where(columns < VOCAB, distance, _OUTSIDE)
-                value = tl.where(by_count, 1.0, tl.exp(-y))
-                added = tl.where(distance[None, :] <= ends[:, None], value[None, :], 0.0)
-                # Whole numbers from here on: blocks may be added up in any order.
-                sums += (tl.sum(added, axis=1) * tl.where(by_count, 1.0, _MASS)).to(tl.int64)
-        tl.atomic_add(totals + index * _FAN + parts, sums, mask=sums > 0, sem="relaxed")
+                value = tl.where(distance < _FARTHEST, tl.exp(-y), 0.0)
+                value = tl.where(by_count, 1.0, value)
+                added += tl.where(distance[None, :] <= ends[:, None], value[None, :], 0.0)
+            scale = tl.where(by_count, 1.0, _MASS)
+            sums = (tl.sum(added, axis=1) * scale).to(tl.int64)
+            tl.atomic_add(totals + index * _FAN + tl.arange(0, _FAN), sums, mask=sums > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit
 def _weigh_kept(
     addresses,
     fields,
-    row_bests,
     bests,
     masses,
     tied,
@@ -315,18 +297,14 @@ def _weigh_kept(
     starts,
     below,
     cuts,
-    span,
     VOCAB: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BLOCKS_POW2: tl.constexpr,
     DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Where a filtered row ends; and of `span` blocks the weight before that distance and the tokens at it."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    first, row = tl.program_id(0) * span, tl.program_id(1)
+    """Where a filtered row ends, and each block's weight before that distance and number of tokens at it."""
+    block, row = tl.program_id(0), tl.program_id(1)
     if _whole(fields, row, ROWS, _KIND) == _FILTERED:
         last = tl.full((), _FARTHEST, tl.int32)
         ties = tl.full((), 2**30, tl.int32)
@@ -338,25 +316,24 @@ def _weigh_kept(
         dropped = _whole(fields, row, ROWS, _NEAREST_DROPPED)
         ties = tl.where(dropped <= last, 2**30, ties)
         last = tl.minimum(last, dropped - 1)
-        if first == 0:
+        if block == 0:
             # Elsewhere than the first phase's, which other programs may still have to read.
             tl.store(cuts + (ROWS + row) * 2, last)
             tl.store(cuts + (ROWS + row) * 2 + 1, ties)
-        best = tl.load(row_bests + row)
         temperature = _real(fields, row, ROWS, _TEMPERATURE)
-        for block in range(first, tl.minimum(first + span, BLOCKS)):
-            _, nearest = _distance(tl.load(bests + row * BLOCKS + block), best, temperature)
-            mass = tl.full((), 0.0, tl.float64)
-            count = tl.full((), 0, tl.int32)
-            if nearest <= last:
-                columns = block * _BLOCK + tl.arange(0, _BLOCK)
-                x = _scores(addresses, fields, row, columns, VOCAB, ROWS, DTYPE)
-                y, distance = _distance(x, best, temperature)
-                distance = tl.where(columns < VOCAB, distance, _OUTSIDE)
-                mass = tl.sum(tl.where(distance < last, tl.exp(-y), 0.0).to(tl.float64), axis=0)
-                count = tl.sum((distance == last).to(tl.int32), axis=0)
-            tl.store(masses + row * BLOCKS + block, mass)
-            tl.store(tied + row * BLOCKS + block, count)
+        best = _best_of_row(bests, row, BLOCKS, BLOCKS_POW2)
+        _, nearest = _nearness(tl.load(bests + row * BLOCKS + block), best, temperature)
+        mass = tl.full((), 0.0, tl.float64)
+        count = tl.full((), 0, tl.int32)
+        if nearest <= last:
+            columns = block * _BLOCK + tl.arange(0, _BLOCK)
+            x = _scores(addresses, fields, row, columns, VOCAB, ROWS, DTYPE)
+            y, distance = _nearness(x, best, temperature)
+            distance = tl.where(columns < VOCAB, distance, _OUTSIDE)
+            mass = tl.sum(tl.where(distance < last, tl.exp(-y), 0.0).to(tl.float64), axis=0)
+            count = tl.sum((distance == last).to(tl.int32), axis=0)
+        tl.store(masses + row * BLOCKS + block, mass)
+        tl.store(tied + row * BLOCKS + block, count)
 
 
 @triton.jit
@@ -388,7 +365,6 @@ def _first_above(cumulative, goal):
 def _choose(
     addresses,
     fields,
-    row_bests,
     bests,
     masses,
     tied,
@@ -399,11 +375,8 @@ def _choose(
     BLOCKS: tl.constexpr,
     BLOCKS_POW2: tl.constexpr,
     DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """The row's token; its position goes on by one, and its marks tell of the token."""
-    if PDL:
-        gdc_wait()
     row = tl.program_id(0)
     kind = _whole(fields, row, ROWS, _KIND)
     token = tl.zeros((), tl.int64)
@@ -413,7 +386,7 @@ def _choose(
         blocks = tl.arange(0, BLOCKS_POW2)
         exists = blocks < BLOCKS
         block_bests = tl.load(bests + row * BLOCKS + blocks, mask=exists, other=-_LARGEST)
-        best = tl.load(row_bests + row)
+        best = tl.max(block_bests, axis=0)
         if kind == _LIKELIEST_ADJUSTED:
             block = tl.min(tl.where(exists & (block_bests == best), blocks, BLOCKS_POW2), axis=0)
             columns = block * _BLOCK + tl.arange(0, _BLOCK)
@@ -431,7 +404,8 @@ def _choose(
                 there = tl.load(tied + row * BLOCKS + blocks, mask=exists, other=0)
                 ties_before = tl.cumsum(there, axis=0) - there
                 kept = tl.minimum(tl.maximum(ties - ties_before, 0), there)
-                mass += kept * _weight_at(last).to(tl.float64)
+                weight = tl.where(last < _FARTHEST, tl.exp(-last / _UNIT), 0.0)
+                mass += kept * weight.to(tl.float64)
             else:
                 mass *= tl.exp((block_bests - best) / temperature).to(tl.float64)
             cumulative = tl.cumsum(mass, axis=0)
@@ -443,14 +417,14 @@ def _choose(
 
             columns = block * _BLOCK + tl.arange(0, _BLOCK)
             x = _scores(addresses, fields, row, columns, VOCAB, ROWS, DTYPE)
-            y, distance = _distance(x, best, temperature)
+            y, distance = _nearness(x, best, temperature)
             tie = (distance == last).to(tl.int32)
             drawn = (columns < VOCAB) & ((distance < last) | ((tie > 0) & (tl.cumsum(tie, axis=0) <= ties)))
+            # Without filters distances count for nothing.
+            drawn = drawn & ((kind == _DRAWN) | (distance < _FARTHEST))
             weights = tl.where(drawn, tl.exp(-y), 0.0)
             token += block * _BLOCK + _first_above(tl.cumsum(weights.to(tl.float64), axis=0), goal)
     tl.store(tokens + row, tl.minimum(token, VOCAB - 1))
-    # For the next call's survey.
-    tl.store(row_bests + row, -_LARGEST)
     tl.store(fields + _POSITION * ROWS + row, _whole(fields, row, ROWS, _POSITION) + 1)
     slot = _whole(fields, row, ROWS, _SLOT)
     if (slot >= 0) & (kind >= _LIKELIEST):
@@ -458,12 +432,6 @@ def _choose(
         before = tl.load(mark).to(tl.int32)
         more = ((before & 0x7FFF) // _GENERATED < _MOST_GENERATED).to(tl.int32)
         tl.store(mark, (before + more * _GENERATED).to(tl.int16))
-
-
-def distance_of(y: float) -> int:
-    """The distance of what lies y temperatures below the best logit."""
-    bits = int(np.float32(1.0 + min(y, 255.0)).view(np.int32))
-    return min((bits - _ONE_BITS) >> 2, FARTHEST)
 
 
 class Scratch:
@@ -475,7 +443,6 @@ class Scratch:
 
         blocks = triton.cdiv(vocab_size, BLOCK)
         self.rows, self.vocab_size, self.blocks = rows, vocab_size, blocks
-        self.row_bests = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
         self.bests = empty(blocks, dtype=torch.float32)
         self.masses = empty(blocks, dtype=torch.float64)
         self.tied = empty(blocks, dtype=torch.int32)
@@ -506,20 +473,15 @@ def sample_rows(
         fields: int32 [fields, scratch.rows], see Field.
         tokens: int64 [rows].
     """
-    s, pdl = scratch, dependent_launch.supported(scratch.bests.device)
-    shape: dict[str, Any] = {"VOCAB": s.vocab_size, "ROWS": s.rows, "BLOCKS": s.blocks, "DTYPE": _DTYPES[dtype]}
-    shape |= {"PDL": pdl, "num_warps": 4}
-    _survey[s.blocks, rows](addresses, fields, s.row_bests, s.bests, s.masses, s.totals, **shape)
-    # The first kernel follows others that know nothing of dependent launch.
-    shape |= launch_options(pdl)
-    span = max(1, s.blocks * rows // MOST_PROGRAMS)
-    grid = (triton.cdiv(s.blocks, span), rows)
+    shape = {"VOCAB": scratch.vocab_size, "ROWS": scratch.rows, "BLOCKS": scratch.blocks, "DTYPE": _DTYPES[dtype]}
+    blocks_pow2 = triton.next_power_of_2(scratch.blocks)
+    s, grid = scratch, (scratch.blocks, rows)
+    _survey[grid](addresses, fields, s.bests, s.masses, s.totals, **shape, num_warps=4)
+    shape["BLOCKS_POW2"] = blocks_pow2
     search = (s.totals, s.starts, s.below, s.cuts)
     for phase in range(phases):
         for number in range(PASSES):
-            _narrow[grid](addresses, fields, s.row_bests, s.bests, *search, phase, number, span, **shape)
-    blocks = (s.row_bests, s.bests, s.masses, s.tied)
+            _narrow[grid](addresses, fields, s.bests, *search, phase, number, **shape, num_warps=4)
     if phases:
-        _weigh_kept[grid](addresses, fields, *blocks, *search, span, **shape)
-    padded = triton.next_power_of_2(s.blocks)
-    _choose[(rows,)](addresses, fields, *blocks, s.cuts, tokens, BLOCKS_POW2=padded, **shape)
+        _weigh_kept[grid](addresses, fields, s.bests, s.masses, s.tied, *search, **shape, num_warps=4)
+    _choose[(rows,)](addresses, fields, s.bests, s.masses, s.tied, s.cuts, tokens, **shape, num_warps=4)
