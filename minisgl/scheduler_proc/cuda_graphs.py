@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,22 +36,10 @@ from minisgl.scheduler_proc.kernels.compile_ahead import compile_ahead
 from minisgl.scheduler_proc.kernels.paged_attention import decode_splits
 from minisgl.scheduler_proc.kernels.prefill_attention import TABLE_FIELDS
 from minisgl.scheduler_proc.models.forward_batch import Array, to_device
-from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecoder, PrefillInputs
+from minisgl.scheduler_proc.models.fused_decoder import DecodeInputs, FusedDecoder, PrefillInputs, StepLogits
 from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepLogits:
-    """Logits of some rows of a step, valid until the next replay, and the greedy choice of those that sample.
-
-    `logits` is [rows that sample + scored positions, vocab], in the order of ForwardBatch.sampled.
-    """
-
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    finite: torch.Tensor
 
 
 class GraphRunner:
@@ -150,18 +137,18 @@ class GraphRunner:
         """Do without the graphs that are still missing."""
         self._uncaptured.clear()
 
-    def _forward_of(self, size: int | PrefillSize) -> Callable[[], torch.Tensor]:
+    def _forward_of(self, size: int | PrefillSize) -> Callable[[], StepLogits]:
         if isinstance(size, int):
             return partial(self._model.decode, self._decode_inputs(size))
         return partial(self._model.prefill, self._prefill_inputs(*size))
 
-    def _capture(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, StepLogits]:
+    def _capture(self, forward: Callable[[], StepLogits]) -> tuple[torch.cuda.CUDAGraph, StepLogits]:
         # The first run loads kernels and lets cuBLAS allocate, neither of which a capture allows.
-        _greedy(forward())
+        forward()
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
-            result = _greedy(forward())
+            result = forward()
         return graph, result
 
     # ---- steps ----
@@ -220,7 +207,7 @@ class GraphRunner:
             }
         )
         if size not in self._decode_graphs:
-            return _first_rows(_greedy(self._model.decode(self._decode_inputs(size))), len(rows))
+            return _first_rows(self._model.decode(self._decode_inputs(size)), len(rows))
         graph, result = self._decode_graphs[size]
         graph.replay()
         return _first_rows(result, len(rows))
@@ -233,9 +220,8 @@ class GraphRunner:
         scores = any(scored_positions(row) for row in rows)
         key = None if scores else fitting_prefill(tokens, len(rows), self._prefill_graphs)
         if key is None:
-            logits = self._model.prefill(self._loose_prefill_inputs(rows, decodes))
-            greedy = _greedy(logits[:sampling])
-            return StepLogits(logits, greedy.tokens, greedy.finite)
+            result = self._model.prefill(self._loose_prefill_inputs(rows, decodes))
+            return StepLogits(result.logits, result.tokens[:sampling], result.finite[:sampling])
         self._fill_prefill(rows, decodes, *key)
         graph, result = self._prefill_graphs[key]
         graph.replay()
@@ -372,11 +358,6 @@ def _joins(decodes: int, part: list[StepRow]) -> bool:
     # Log probabilities of prompts take a part out of its graph.
     scores = any(scored_positions(row) for row in part)
     return not scores and decodes_join(decodes, sum(row.length for row in part), len(part))
-
-
-def _greedy(logits: torch.Tensor) -> StepLogits:
-    best, tokens = logits.max(dim=-1)
-    return StepLogits(logits, tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best))
 
 
 def _first_rows(result: StepLogits, rows: int) -> StepLogits:

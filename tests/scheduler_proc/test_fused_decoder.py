@@ -18,10 +18,10 @@ pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the
 from minisgl.sampling_params import SamplingParams  # noqa: E402
 from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
-from minisgl.scheduler_proc.cuda_graphs import GraphRunner, StepLogits  # noqa: E402
+from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
 from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch  # noqa: E402
-from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder  # noqa: E402
+from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder, StepLogits  # noqa: E402
 from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow  # noqa: E402
 
@@ -33,11 +33,12 @@ SHAPE = {
     "num_hidden_layers": 2 if DEVICE.type == "cuda" else 1,  # the interpreter is slow
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 64,
     "max_position_embeddings": CONTEXT,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
 }
 

@@ -15,13 +15,24 @@ pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the
 
 from minisgl.scheduler_proc.kernels.elementwise import rotate_and_store  # noqa: E402
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention  # noqa: E402
-from minisgl.scheduler_proc.kernels.small_attention import rotate_attend, small_splits  # noqa: E402
-from minisgl.scheduler_proc.kernels.small_linear import linear_add, norm_gate_up, norm_linear  # noqa: E402
+from minisgl.scheduler_proc.kernels.small_attention import add_attention, rotate_attend  # noqa: E402
+from minisgl.scheduler_proc.kernels.small_head import logits_and_best  # noqa: E402
+from minisgl.scheduler_proc.kernels.small_linear import MAX_WIDTH, linear_add, norm_gate_up, norm_linear  # noqa: E402
 
 # bfloat16 is what a GPU runs, and finds type changes that float32 hides; the interpreter only emulates it slowly.
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 PDL = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 EPS = 1e-6
+# Alone in their tensor core operand, sharing it by two or four, filling one, filling two.
+ROWS = [1, 2, 3, 8, 13]
+# Shapes of Qwen2.5-0.5B, Qwen3-0.6B and Llama-3.2-1B, and small ones that are no multiples of the tiles.
+LARGE = [pytest.param(*shape, marks=pytest.mark.gpu) for shape in ((896, 4864), (1024, 3072), (2048, 8192))]
+SHAPES = [(200, 100), (1100, 12), *LARGE]
+
+
+def skip_too_wide(dtype: torch.dtype, width: int) -> None:
+    if width > max(1100, MAX_WIDTH[dtype.itemsize]):
+        pytest.skip("this type's models of such width run other kernels")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -39,9 +50,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 13])
-@pytest.mark.parametrize(("hidden", "width"), [(128, 72), (200, 100)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("hidden", "width"), SHAPES)
 def test_norm_and_linear(dtype: torch.dtype, rows: int, hidden: int, width: int) -> None:
+    skip_too_wide(dtype, hidden)
     residual, norm = draw(rows, hidden), draw(hidden, dtype=dtype)
     weight, bias = draw(width, hidden, dtype=dtype, scale=0.1), draw(width, dtype=dtype)
     plain = F.linear(rms_norm(residual, norm), weight.float())
@@ -50,9 +62,10 @@ def test_norm_and_linear(dtype: torch.dtype, rows: int, hidden: int, width: int)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 13])
-@pytest.mark.parametrize(("hidden", "width"), [(128, 72), (200, 100)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("hidden", "width"), SHAPES)
 def test_norm_gate_and_up(dtype: torch.dtype, rows: int, hidden: int, width: int) -> None:
+    skip_too_wide(dtype, hidden)
     residual, norm = draw(rows, hidden), draw(hidden, dtype=dtype)
     weight = draw(2 * width, hidden, dtype=dtype, scale=0.1)
     gate, up = F.linear(rms_norm(residual, norm), weight.float()).chunk(2, dim=-1)
@@ -60,8 +73,8 @@ def test_norm_gate_and_up(dtype: torch.dtype, rows: int, hidden: int, width: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 13])
-@pytest.mark.parametrize(("k", "width"), [(96, 40), (200, 100), (2500, 36)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("k", "width"), [(96, 40), (2500, 36), *LARGE])
 def test_linear_added_to_the_residual(dtype: torch.dtype, rows: int, k: int, width: int) -> None:
     x, weight, residual = draw(rows, k, dtype=dtype), draw(width, k, dtype=dtype, scale=0.1), draw(rows, width)
     expected = residual + F.linear(x.float(), weight.float())
@@ -70,12 +83,75 @@ def test_linear_added_to_the_residual(dtype: torch.dtype, rows: int, k: int, wid
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[1], [300], [1, 17, 64, 65, 130]])
-@pytest.mark.parametrize(("norm", "window"), [(False, None), (True, 50)])
-def test_attention(dtype: torch.dtype, lengths: list[int], norm: bool, window: int | None) -> None:
-    """One fused pass is rotation, KV write and attention one after another."""
-    rows, heads, kv_heads, head_dim, page_size, pages = len(lengths), 6, 2, 32, 4, 80
-    context = max(lengths)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("hidden", "vocab"), [(200, 100), pytest.param(896, 151_936, marks=pytest.mark.gpu)])
+def test_logits_and_the_best_of_them(dtype: torch.dtype, rows: int, hidden: int, vocab: int) -> None:
+    residual, norm = draw(rows, hidden), draw(hidden, dtype=dtype)
+    weight = draw(vocab, hidden, dtype=dtype, scale=0.1)
+    # Ties, in one tile and far apart, for a row that likes none more.
+    weight[vocab // 2] = weight[7] = weight[3] = (residual[-1] * norm).to(dtype)
+    logits, tokens, finite = logits_and_best(residual, norm, weight, EPS, PDL)
+    assert_close(logits, F.linear(rms_norm(residual, norm), weight.float()), dtype)
+    assert tokens[-1] == 3 and finite.all()
+    assert torch.equal(logits.gather(1, tokens[:, None])[:, 0], logits.amax(-1))
+
+
+def test_rows_without_a_finite_best_logit_say_so() -> None:
+    residual, norm = draw(4, 64), torch.ones(64, device=DEVICE)
+    residual[0, 5] = float("nan")
+    weight = draw(40, 64)
+    weight[20] = float("nan")
+    _, tokens, finite = logits_and_best(residual, norm, weight, EPS, PDL)
+    assert not finite.any() and ((tokens >= 0) & (tokens < 40)).all()
+    weight[20] = 0
+    assert logits_and_best(residual, norm, weight, EPS, PDL)[2].tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "head_dim", "norm", "window"),
+    [
+        ([300], 6, 2, 64, False, None),
+        ([1, 17, 90], 3, 1, 64, True, 50),
+        ([40, 64], 12, 1, 128, True, None),
+        pytest.param([1, 17, 64, 65, 130], 16, 8, 128, True, None, marks=pytest.mark.gpu),
+        pytest.param([9, 1, 70, 8, 5, 16, 33, 2, 31, 90], 32, 8, 64, False, 40, marks=pytest.mark.gpu),
+    ],
+)
+def test_attention(
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norm: bool,
+    window: int | None,
+) -> None:
+    """The two fused kernels are rotation, KV write, attention and projection one after another."""
+    check_attention(dtype, lengths, heads, kv_heads, head_dim, norm, window, page_size=4, hidden=200)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("longest", [256, 2048, 9000])
+def test_attention_of_long_contexts(rows: int, longest: int) -> None:
+    """More keys than all parts take at once, at Qwen2.5-0.5B's shape."""
+    lengths = [longest // (row + 1) for row in range(rows)]
+    check_attention(torch.bfloat16, lengths, 14, 2, 64, False, None, page_size=16, hidden=896)
+
+
+def check_attention(
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    norm: bool,
+    window: int | None,
+    page_size: int,
+    hidden: int,
+) -> None:
+    rows, pages = len(lengths), max(lengths) // page_size + 2
     qkv = draw(rows, heads + 2 * kv_heads, head_dim, dtype=dtype)
     pool = draw(rows * pages * page_size, 2, kv_heads, head_dim, dtype=dtype)
     table = torch.randperm(rows * pages, device=DEVICE).int()
@@ -83,13 +159,14 @@ def test_attention(dtype: torch.dtype, lengths: list[int], norm: bool, window: i
     positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE) - 1
     pages_of = table.view(rows, pages)[torch.arange(rows), positions // page_size]
     slots = (pages_of * page_size + positions % page_size).int()
-    angles = draw(context, head_dim // 2)
+    angles = draw(max(lengths), head_dim // 2)
     tables = (angles.cos().to(dtype), angles.sin().to(dtype))
     norm_weight = draw(heads + kv_heads, head_dim, dtype=dtype) if norm else None
-    expected_qkv, expected_pool = qkv.clone(), pool.clone()
-    rotate_and_store(expected_qkv, positions, slots, tables, norm_weight, EPS, expected_pool)
-    expected = decode_attention(
-        expected_qkv,
+    weight, residual = draw(hidden, heads * head_dim, dtype=dtype, scale=0.1), draw(rows, hidden)
+    rotated, expected_pool = qkv.clone(), pool.clone()
+    rotate_and_store(rotated, positions, slots, tables, norm_weight, EPS, expected_pool)
+    attended = decode_attention(
+        rotated,
         expected_pool,
         table,
         stride,
@@ -99,21 +176,21 @@ def test_attention(dtype: torch.dtype, lengths: list[int], norm: bool, window: i
         window=window,
         splits=1,
     )
-    for splits in {2, small_splits(rows)}:
-        attended = rotate_attend(
-            qkv.clone(),
-            positions,
-            slots,
-            tables,
-            norm_weight,
-            EPS,
-            pool,
-            table,
-            stride,
-            page_size=page_size,
-            window=window,
-            splits=splits,
-            pdl=PDL,
-        )
-        assert_close(attended, expected.flatten(1).float(), dtype)
-        assert_close(pool, expected_pool.float(), dtype)
+    expected = residual + F.linear(attended.flatten(1).float(), weight.float())
+    parts = rotate_attend(
+        qkv,
+        positions,
+        slots,
+        tables,
+        norm_weight,
+        EPS,
+        pool,
+        table,
+        stride,
+        page_size=page_size,
+        window=window,
+        pdl=PDL,
+    )
+    add_attention(parts, positions, weight, residual, window=window, pdl=PDL)
+    assert_close(residual, expected, dtype)
+    assert_close(pool, expected_pool.float(), dtype)

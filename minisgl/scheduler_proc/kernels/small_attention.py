@@ -1,10 +1,15 @@
-"""Attention of a decode step of few rows, from the unrotated projection to the attended heads, in two kernels.
+"""Attention of a decode step of few rows: rotation, KV write and attention in one kernel; the output projection, added
+to the residual, in another.
 
-The first rotates, writes the new key and value to the KV pool and attends to a share of the positions; the second
-combines the shares. What earlier steps have left is loaded before the wait for this one (see dependent_launch.py).
+The first gives each warp of each program a part of a row's keys to attend to, and no warp ever waits for another: keys,
+values and scores stay in registers (fragments.py). The second takes the parts together as it loads them. What earlier
+steps have left is loaded before the wait for this one (dependent_launch.py). Sizes are the measured best of several
+(bench/ENGINE_LOG.md, entry 9).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,68 +17,171 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
+from minisgl.scheduler_proc.kernels.fragments import (
+    ROWS_TOGETHER,
+    every_other_four,
+    left_operand,
+    load_floats,
+    right_operand,
+    share_of,
+)
 
 MAX_GROUP = 16
-"""Most query heads to a key head: the rows of one tensor core operand."""
-BLOCK = 64
-"""Keys a program looks at together."""
-_GROUP_BLOCK = tl.constexpr(16)
+"""Most query heads to a key head: the rows of one left operand."""
+WARPS = 4
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def small_splits(rows: int) -> int:
-    """Over how many programs one row's keys are split."""
-    return 32 if rows == 1 else 16 if rows <= 4 else 8
+class AttentionParts(NamedTuple):
+    """What parts of the keys give, for add_attention to take together; a row uses as many parts as it needs.
+
+    Attributes:
+        values: float32 [rows, heads, parts, head_dim], the part's own softmax times its values.
+        scores: float32 [rows, heads, parts, 4], log2 of the part's sum of exponentials, four times over: so each lane
+            that loads a quarter of a row's values has its own.
+        keys: how many keys a part looks at together.
+    """
+
+    values: torch.Tensor
+    scores: torch.Tensor
+    keys: int
+
+
+def part_count(rows: int) -> int:
+    """Into how many parts at most one row's keys are cut: more need more time to be taken together."""
+    return 128 if rows == 1 else 64 if rows == 2 else 32 if rows <= 8 else 16
 
 
 @triton.jit
-def _rotate(low, high, norm_weights, cos, sin, eps, half, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
-    """RMS-norm (optional) and rotate heads given as two halves [heads, HALF]."""
-    if HAS_NORM:
-        scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF) + eps)[:, None]
-        low = low * scale * tl.load(norm_weights + half[None, :]).to(tl.float32)
-        high = high * scale * tl.load(norm_weights + HALF + half[None, :]).to(tl.float32)
-    return low * cos[None, :] - high * sin[None, :], high * cos[None, :] + low * sin[None, :]
+def _first_key(position, window, HAS_WINDOW: tl.constexpr):
+    """The first position that the one at `position` sees."""
+    first = position * 0
+    if HAS_WINDOW:
+        first = tl.maximum(position + 1 - window, 0)
+    return first
 
 
 @triton.jit
-def _load_block(
-    pool,
-    table,
-    start,
-    end,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Keys (two halves) and values of positions start .. end - 1, at most BLOCK of them, and those positions."""
-    half = tl.arange(0, HALF)
-    dims = tl.arange(0, 2 * HALF)
-    at = start + tl.arange(0, BLOCK)
-    seen = at < end
+def _keys_of_part(position, first, COUNT: tl.constexpr, KEYS: tl.constexpr):
+    """How many of the positions first .. position each part has, until none are left."""
+    return tl.cdiv(position + 1 - first, COUNT * KEYS) * KEYS
+
+
+@triton.jit
+def _slots(table, at, seen, PAGE_SIZE: tl.constexpr):
     page = tl.load(table + at // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-    keys = pool + ((page * PAGE_SIZE + at % PAGE_SIZE) * (2 * KV_HEADS) + kv_head) * (2 * HALF)
-    low = tl.load(keys[:, None] + half[None, :], mask=seen[:, None], other=0.0)
-    high = tl.load(keys[:, None] + HALF + half[None, :], mask=seen[:, None], other=0.0)
-    values = tl.load(keys[:, None] + KV_HEADS * 2 * HALF + dims[None, :], mask=seen[:, None], other=0.0)
-    return low, high, values, at
+    return page * PAGE_SIZE + at % PAGE_SIZE
 
 
 @triton.jit
-def _attend_block(q_low, q_high, low, high, values, seen, factor, best, total, sums):
-    """Take a block of keys and values into the running softmax (best, total, sums); `seen` masks its positions."""
-    scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-    scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee") * factor
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
+def _load_keys(keys, table, at, seen, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Keys of positions `at` [8, PARTS, KEYS / 8] as a tuple of blocks [8, PARTS, KEYS / 8, 32 dimensions]."""
+    places = keys + _slots(table, at, seen, PAGE_SIZE) * STRIDE
+    blocks = ()  # type: tuple[tl.tensor, ...]
+    for c in tl.static_range(HEAD_DIM // 32):
+        place = places[:, :, :, None] + (c * 32 + tl.arange(0, 32))[None, None, None, :]
+        blocks = blocks + (tl.load(place, mask=seen[:, :, :, None], other=0.0),)  # noqa: RUF005
+    return blocks
+
+
+@triton.jit
+def _value_dims(HEAD_DIM: tl.constexpr):
+    """The dimensions of each of 8 groups of lanes: [1, 8, 1, 1, HEAD_DIM / 8]."""
+    group = tl.arange(0, 8)[None, :, None, None, None]
+    return group * (HEAD_DIM // 8) + tl.arange(0, HEAD_DIM // 8)[None, None, None, None, :]
+
+
+@triton.jit
+def _load_values(values, table, at, position, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Values of positions `at` [4, PARTS, KEYS / 4] before `position`: [4, 8, PARTS, KEYS / 4, HEAD_DIM / 8]."""
+    seen = at < position
+    places = values + _slots(table, at, seen, PAGE_SIZE) * STRIDE
+    return tl.load(places[:, None, :, :, None] + _value_dims(HEAD_DIM), mask=seen[:, None, :, :, None], other=0.0)
+
+
+@triton.jit
+def _with_new_value(values, new_value, at, position, HEAD_DIM: tl.constexpr):
+    """The same with the value of `position` itself, which is not in the pool yet."""
+    places = new_value + _value_dims(HEAD_DIM) + tl.zeros(values.shape, tl.int32)
+    return tl.load(places, mask=(at == position)[:, None, :, :, None], other=values)
+
+
+@triton.jit
+def _load_heads(places, inside, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Vectors that begin at places [8] as a tuple of blocks [8, PARTS, 32 dimensions], the same for each part."""
+    blocks = ()  # type: tuple[tl.tensor, ...]
+    for c in tl.static_range(HEAD_DIM // 32):
+        dims = c * 32 + tl.arange(0, 32)[None, None, :] + tl.zeros((8, PARTS, 32), tl.int32)
+        blocks = blocks + (tl.load(places[:, None, None] + dims, mask=inside[:, None, None], other=0.0),)  # noqa: RUF005
+    return blocks
+
+
+@triton.jit
+def _rotate(blocks, norm, cos, sin, eps, HAS_NORM: tl.constexpr, HALF: tl.constexpr):
+    """RMS-norm (optional) and rotate heads given as 2 * HALF blocks; float32."""
+    scale = 1.0
+    if HAS_NORM:
+        squares = blocks[0].to(tl.float32) * 0.0
+        for c in tl.static_range(2 * HALF):
+            squares += blocks[c].to(tl.float32) * blocks[c].to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, axis=2) / (64 * HALF) + eps)[:, :, None]
+    lows = ()  # type: tuple[tl.tensor, ...]
+    highs = ()  # type: tuple[tl.tensor, ...]
+    for c in tl.static_range(HALF):
+        low = blocks[c].to(tl.float32)
+        high = blocks[c + HALF].to(tl.float32)
+        if HAS_NORM:
+            low = low * scale * norm[c].to(tl.float32)
+            high = high * scale * norm[c + HALF].to(tl.float32)
+        cosine = cos[c].to(tl.float32)
+        sine = sin[c].to(tl.float32)
+        lows = lows + (low * cosine - high * sine,)  # noqa: RUF005
+        highs = highs + (high * cosine + low * sine,)  # noqa: RUF005
+    return lows + highs
+
+
+@triton.jit
+def _attend(
+    queries,
+    keys,
+    values,
+    at,
+    own,
+    position,
+    first,
+    factor,
+    best,
+    total,
+    sums,
+    PARTS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Take KEYS keys and values of each part into its running softmax (best, total, sums).
+
+    Args:
+        at: [PARTS, KEYS], their positions.
+        own: [PARTS, 16], the score of the key of `position`, which is not in the pool yet.
+    """
+    scores = tl.zeros((PARTS, 16, KEYS), tl.float32)
+    for c in tl.static_range(HEAD_DIM // 32):
+        # Dimensions renamed like those of left_operand.
+        key = tl.reshape(keys[c], (8, PARTS, KEYS // 8, 4, 2, 4))
+        key = tl.reshape(tl.permute(key, (1, 4, 3, 5, 2, 0)), (PARTS, 32, KEYS))
+        scores = tl.dot(queries[c], key, scores, input_precision="ieee")
+    scores = tl.where((at == position)[:, None, :], own[:, :, None], scores)
+    seen = (at >= first) & (at <= position)
+    scores = tl.where(seen[:, None, :], scores * factor, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=2))
     # With nothing seen so far this is -inf; subtracting that would make NaN.
     safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(scores - safe_best[:, None])
+    weights = tl.exp2(scores - safe_best[:, :, None])
     fade = tl.exp2(best - safe_best)
-    total = total * fade + tl.sum(weights, axis=1)
-    sums = sums * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    total = total * fade + tl.sum(weights, axis=2)
+    # A lane has 4 keys of 16, as it has scores, and of each HEAD_DIM / 8 neighbouring dimensions.
+    value = tl.reshape(values, (4, 8, PARTS, KEYS // 8, 2, HEAD_DIM // 8))
+    value = tl.reshape(tl.permute(value, (2, 3, 0, 4, 5, 1)), (PARTS, KEYS, HEAD_DIM))
+    sums = tl.dot(weights.to(value.dtype), value, sums * fade[:, :, None], input_precision="ieee")
     return new_best, total, sums
 
 
@@ -88,18 +196,18 @@ def _rotate_attend(
     pool,
     page_table,
     table_stride_at,
-    partial,
-    partial_max,
-    partial_sum,
+    part_values,
+    part_scores,
     eps,
     scale,
     window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PDL: tl.constexpr,
@@ -107,96 +215,236 @@ def _rotate_attend(
     if PDL:
         gdc_launch_dependents()
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    HEAD_DIM: tl.constexpr = 2 * HALF
+    # Query heads come in one or two eights, of which the last may be incomplete.
+    EIGHTS: tl.constexpr = (GROUP + 7) // 8
+    BLOCKS: tl.constexpr = HEAD_DIM // 32
+    STRIDE: tl.constexpr = 2 * KV_HEADS * HEAD_DIM
     dtype = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    # The positions before the new token are split; the new token itself is split 0's.
+    part = tl.program_id(2) * PARTS + tl.arange(0, PARTS)
     position = tl.load(positions + row)
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(position + 1 - window, 0) // BLOCK * BLOCK
-    span = tl.cdiv(position - first, SPLITS * BLOCK) * BLOCK
-    begin = first + split * span
-    end = tl.minimum(begin + span, position)
+    first = _first_key(position, window, HAS_WINDOW)
+    share = _keys_of_part(position, first, COUNT, KEYS)
+    begin = first + part * share
+    if first + tl.program_id(2) * PARTS * share > position:
+        return
+    lane = tl.arange(0, 8)
+    every = lane < 8
+    angles = position * (HEAD_DIM // 2) + lane * 0
+    cos = _load_heads(cos_table + angles, every, PARTS, HEAD_DIM // 2)
+    sin = _load_heads(sin_table + angles, every, PARTS, HEAD_DIM // 2)
+    # A key block's lanes 4 r .. 4 r + 3 have keys r, r + 8, ...; lane t of each four in a value block 2 t, 2 t + 1, ...
+    key_at = begin[None, :, None] + lane[:, None, None] + tl.arange(0, KEYS // 8)[None, None, :] * 8
+    turn = tl.arange(0, KEYS // 4)[None, None, :]
+    value_at = begin[None, :, None] + turn // 2 * 8 + tl.arange(0, 4)[:, None, None] * 2 + turn % 2
+    at = begin[:, None] + tl.arange(0, KEYS)[None, :]
     table = page_table + row * tl.load(table_stride_at)
-    head = tl.arange(0, _GROUP_BLOCK)
-    half = tl.arange(0, HALF)
-    dims = tl.arange(0, HEAD_DIM)
-    in_group = head < GROUP
-    cos = tl.load(cos_table + position.to(tl.int64) * HALF + half).to(tl.float32)
-    sin = tl.load(sin_table + position.to(tl.int64) * HALF + half).to(tl.float32)
-    low, high, values, at = _load_block(pool, table, begin, end, kv_head, KV_HEADS, HALF, PAGE_SIZE, BLOCK)
-    target = pool + (tl.load(slots + row).to(tl.int64) * (2 * KV_HEADS) + kv_head) * HEAD_DIM
+    pool_keys = pool + kv_head * HEAD_DIM
+    pool_values = pool_keys + KV_HEADS * HEAD_DIM
+    keys = _load_keys(pool_keys, table, key_at, key_at < position, STRIDE, HEAD_DIM, PAGE_SIZE)
+    values = _load_values(pool_values, table, value_at, position, STRIDE, HEAD_DIM, PAGE_SIZE)
+    slot = tl.load(slots + row).to(tl.int64)
     if PDL:
         gdc_wait()
 
     source = qkv + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    one = tl.arange(0, 1)
-    queries = source + (kv_head * GROUP + head[:, None]) * HEAD_DIM + half[None, :]
-    key = source + (HEADS + kv_head) * HEAD_DIM + one[:, None] * HEAD_DIM + half[None, :]
+    new_value = source + (HEADS + KV_HEADS + kv_head) * HEAD_DIM
     # All loads before any use of one, so that they wait for memory together.
-    q_low = tl.load(queries, mask=in_group[:, None], other=0.0).to(tl.float32)
-    q_high = tl.load(queries + HALF, mask=in_group[:, None], other=0.0).to(tl.float32)
-    k_low, k_high = tl.load(key).to(tl.float32), tl.load(key + HALF).to(tl.float32)
-    v = tl.load(source + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dims).to(tl.float32)
-    q_weights = norm_weight + (kv_head * GROUP + tl.where(in_group, head, 0)[:, None]) * HEAD_DIM
-    q_low, q_high = _rotate(q_low, q_high, q_weights, cos, sin, eps, half, HALF, HAS_NORM)
-    q_low_cut, q_high_cut = q_low.to(dtype), q_high.to(dtype)
+    heads = ()  # type: tuple[tuple[tl.tensor, ...], ...]
+    for eight in tl.static_range(EIGHTS):
+        head = eight * 8 + lane
+        places = source + (kv_head * GROUP + head) * HEAD_DIM
+        heads = heads + (_load_heads(places, head < GROUP, PARTS, HEAD_DIM),)  # noqa: RUF005
+    new_key = _load_heads(source + (HEADS + kv_head) * HEAD_DIM + lane * 0, every, PARTS, HEAD_DIM)
+    values = _with_new_value(values, new_value, value_at, position, HEAD_DIM)
+    norm = cos
+    if HAS_NORM:
+        norm = _load_heads(norm_weight + (HEADS + kv_head) * HEAD_DIM + lane * 0, every, PARTS, HEAD_DIM)
+    new_key = _rotate(new_key, norm, cos, sin, eps, HAS_NORM, BLOCKS // 2)
+    rotated = ()  # type: tuple[tuple[tl.tensor, ...], ...]
+    owns = ()  # type: tuple[tl.tensor, ...]
+    for eight in tl.static_range(EIGHTS):
+        if HAS_NORM:
+            head = kv_head * GROUP + tl.minimum(eight * 8 + lane, GROUP - 1)
+            norm = _load_heads(norm_weight + head * HEAD_DIM, every, PARTS, HEAD_DIM)
+        query = _rotate(heads[eight], norm, cos, sin, eps, HAS_NORM, BLOCKS // 2)
+        own = tl.zeros((8, PARTS, 32), tl.float32)
+        cut = ()  # type: tuple[tl.tensor, ...]
+        for c in tl.static_range(BLOCKS):
+            cut = cut + (query[c].to(dtype),)  # noqa: RUF005
+            own += cut[c].to(tl.float32) * new_key[c].to(dtype).to(tl.float32)
+        rotated = rotated + (cut,)  # noqa: RUF005
+        owns = owns + (tl.permute(tl.sum(own, axis=2), (1, 0))[:, None, :],)  # noqa: RUF005
+    own = tl.broadcast_to(owns[0], (PARTS, 2, 8))
+    queries = ()  # type: tuple[tl.tensor, ...]
+    for c in tl.static_range(BLOCKS):
+        if EIGHTS == 2:
+            queries = queries + (left_operand(rotated[0][c], rotated[1][c], PARTS),)  # noqa: RUF005
+        else:
+            nothing = tl.zeros((8, PARTS, 32), dtype)
+            queries = queries + (left_operand(rotated[0][c], nothing, PARTS),)  # noqa: RUF005
+    if EIGHTS == 2:
+        own = tl.where((tl.arange(0, 2) == 0)[None, :, None], own, owns[1])
+    own = tl.reshape(own, (PARTS, 16))
+
+    if tl.program_id(2) == 0:
+        # Not finite values must not stay in pages that another request gets later.
+        once = (lane == 0)[:, None, None] & (part == 0)[None, :, None]
+        for c in tl.static_range(BLOCKS):
+            place = pool_keys + slot * STRIDE + c * 32 + tl.arange(0, 32)[None, None, :]
+            key = tl.where(tl.abs(new_key[c]) < float("inf"), new_key[c], 0.0).to(dtype)
+            tl.store(place + tl.zeros((8, PARTS, 32), tl.int32), key, mask=once)
+        dim = tl.arange(0, HEAD_DIM)
+        value = tl.load(new_value + dim).to(tl.float32)
+        tl.store(pool_values + slot * STRIDE + dim, tl.where(tl.abs(value) < float("inf"), value, 0.0).to(dtype))
 
     factor = scale * _LOG2_E
-    best = tl.full((_GROUP_BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((_GROUP_BLOCK,), tl.float32)
-    sums = tl.zeros((_GROUP_BLOCK, HEAD_DIM), tl.float32)
-    if split == 0:
-        k_weights = norm_weight + (HEADS + kv_head) * HEAD_DIM + one[:, None]
-        new_low, new_high = _rotate(k_low, k_high, k_weights, cos, sin, eps, half, HALF, HAS_NORM)
-        # Not finite values must not stay in pages that another request gets later.
-        new_low = tl.where(tl.abs(new_low) < float("inf"), new_low, 0.0).to(dtype)
-        new_high = tl.where(tl.abs(new_high) < float("inf"), new_high, 0.0).to(dtype)
-        new_v = tl.where(tl.abs(v) < float("inf"), v, 0.0).to(dtype)
-        tl.store(target + one[:, None] * HEAD_DIM + half[None, :], new_low)
-        tl.store(target + HALF + one[:, None] * HEAD_DIM + half[None, :], new_high)
-        tl.store(target + KV_HEADS * HEAD_DIM + dims, new_v)
-        own = q_low_cut.to(tl.float32) * new_low.to(tl.float32) + q_high_cut.to(tl.float32) * new_high.to(tl.float32)
-        best = tl.sum(own, axis=1) * factor
-        total = tl.full((_GROUP_BLOCK,), 1.0, tl.float32)
-        sums += new_v.to(tl.float32)[None, :]
-    if begin < end:
-        seen = at < end
-        if HAS_WINDOW:
-            seen = seen & (at > position - window)
-        best, total, sums = _attend_block(q_low_cut, q_high_cut, low, high, values, seen, factor, best, total, sums)
-        for start in range(begin + BLOCK, end, BLOCK):
-            low, high, values, at = _load_block(pool, table, start, end, kv_head, KV_HEADS, HALF, PAGE_SIZE, BLOCK)
-            seen = at < end
-            if HAS_WINDOW:
-                seen = seen & (at > position - window)
-            best, total, sums = _attend_block(q_low_cut, q_high_cut, low, high, values, seen, factor, best, total, sums)
+    best = tl.full((PARTS, 16), float("-inf"), tl.float32)
+    total = tl.zeros((PARTS, 16), tl.float32)
+    sums = tl.zeros((PARTS, 16, HEAD_DIM), tl.float32)
+    best, total, sums = _attend(
+        queries, keys, values, at, own, position, first, factor, best, total, sums, PARTS, KEYS, HEAD_DIM
+    )
+    # One stage: Triton's own prefetching would take the detour through shared memory.
+    for step in tl.range(KEYS, share, KEYS, num_stages=1):
+        keys = _load_keys(pool_keys, table, key_at + step, key_at + step < position, STRIDE, HEAD_DIM, PAGE_SIZE)
+        values = _load_values(pool_values, table, value_at + step, position, STRIDE, HEAD_DIM, PAGE_SIZE)
+        values = _with_new_value(values, new_value, value_at + step, position, HEAD_DIM)
+        best, total, sums = _attend(
+            queries, keys, values, at + step, own, position, first, factor, best, total, sums, PARTS, KEYS, HEAD_DIM
+        )
 
-    part = (row * HEADS + kv_head * GROUP + head) * SPLITS + split
-    tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], sums, mask=in_group[:, None])
-    tl.store(partial_max + part, best, mask=in_group)
-    tl.store(partial_sum + part, total, mask=in_group)
+    sums = sums / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    # Of the sums, rows are (eight, r) and columns (d, 2 t + e), meaning dimension (2 t + e) * HEAD_DIM / 8 + d; each
+    # lane stores what it has, by fours: [t, r, PARTS, fours, 4, eight].
+    sums = tl.reshape(sums, (PARTS, 2, 8, HEAD_DIM // 8, 4, 2))
+    sums = tl.reshape(tl.permute(sums, (4, 2, 0, 5, 3, 1)), (4, 8, PARTS, HEAD_DIM // 16, 4, 2))
+    sums = tl.split(sums)
+    scores = tl.split(tl.permute(tl.reshape(best + tl.log2(total), (PARTS, 2, 8)), (2, 0, 1)))
+    t = tl.arange(0, 4)
+    fours = tl.arange(0, HEAD_DIM // 16)[None, None, None, :, None] * 4 + t[None, None, None, None, :]
+    dim = t[:, None, None, None, None] * (HEAD_DIM // 4) + fours
+    for eight in tl.static_range(EIGHTS):
+        head = eight * 8 + lane
+        inside = (head < GROUP)[None, :, None]
+        of_part = ((row * HEADS + kv_head * GROUP + head)[:, None] * COUNT + part[None, :])[None, :, :]
+        place = part_values + of_part[:, :, :, None, None] * HEAD_DIM + dim
+        tl.store(place, sums[eight], mask=inside[:, :, :, None, None])
+        copies = tl.broadcast_to(scores[eight][None, :, :], (4, 8, PARTS))
+        tl.store(part_scores + of_part * 4 + t[:, None, None], copies, mask=inside)
 
 
 @triton.jit
-def _combine(
-    partial, partial_max, partial_sum, output, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+def _by_row(x, SHARE: tl.constexpr):
+    """x [8, PARTS, 4] with the columns that belong to one row apart: [8 / SHARE, SHARE, PARTS, 4]."""
+    return tl.reshape(x, (x.shape[0] // SHARE, SHARE, x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def _for_columns(x, SHARE: tl.constexpr):
+    """x [8 / SHARE, 1, PARTS, 4], one a row, for each of its columns: [8, PARTS, 4]."""
+    SPREAD: tl.constexpr = (x.shape[0], SHARE, x.shape[2], x.shape[3])
+    return tl.reshape(tl.broadcast_to(x, SPREAD), (x.shape[0] * SHARE, x.shape[2], x.shape[3]))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_attention(
+    part_values,
+    part_scores,
+    positions,
+    weight,
+    residual,
+    rows,
+    width,
+    window,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
+    TURNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """A program takes 32 dimensions of one head; here each warp has outputs of its own, 16 a tile."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    row_head = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    dims = tl.arange(0, HEAD_DIM)
-    best = tl.load(partial_max + row_head * SPLITS + split)
-    totals = tl.load(partial_sum + row_head * SPLITS + split)
-    sums = tl.load(partial + (row_head * SPLITS + split[:, None]) * HEAD_DIM + dims[None, :])
-    shares = tl.exp2(best - tl.max(best, axis=0))
-    result = tl.sum(sums * shares[:, None], axis=0) / tl.sum(shares * totals, axis=0)
-    tl.store(output + row_head * HEAD_DIM + dims, result.to(output.dtype.element_ty))
+    K: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(1) // (HEAD_DIM // 32)
+    block = tl.program_id(1) % (HEAD_DIM // 32)
+    k = tl.program_id(1) * 32 + tl.arange(0, 32)[None, None, :]
+    lane = tl.arange(0, 8)
+    weights = ()  # type: tuple[tl.tensor, ...]
+    for tile in tl.static_range(TILES):
+        tile_of_warp = (tl.program_id(0) * TILES + tile) * PARTS + tl.arange(0, PARTS)
+        low = tile_of_warp[None, :] * 16 + lane[:, None]
+        source = weight + low.to(tl.int64)[:, :, None] * K + k
+        low_rows = tl.load(source, mask=(low < width)[:, :, None], other=0.0)
+        high_rows = tl.load(source + 8 * K, mask=(low + 8 < width)[:, :, None], other=0.0)
+        weights = weights + (left_operand(low_rows, high_rows, PARTS),)  # noqa: RUF005
+    dims = block * 32 + every_other_four(PARTS)
+    four = tl.arange(0, 4)[None, None, :] + tl.zeros((8, PARTS, 4), tl.int32)
+    for group in tl.static_range(GROUPS):
+        source_row = group * 8 + lane // SHARE
+        position = tl.load(positions + source_row, mask=source_row < rows, other=0)
+        first = _first_key(position, window, HAS_WINDOW)
+        count = tl.cdiv(position + 1 - first, _keys_of_part(position, first, COUNT, KEYS))
+        count = tl.where(source_row < rows, count, 0)
+        most = tl.max(count, axis=0)
+        if PDL and group == 0:
+            gdc_wait()
+        of_row = (source_row * HEADS + head) * COUNT
+        best = tl.full((8, PARTS, 4), float("-inf"), tl.float32)
+        total = tl.zeros((8, PARTS, 4), tl.float32)
+        attended = tl.zeros((8, PARTS, 4, 8), tl.float32)
+        for start in tl.range(0, most, TURNS * SHARE, num_stages=1):
+            scores = ()  # type: tuple[tl.tensor, ...]
+            values = ()  # type: tuple[tl.tensor, ...]
+            for turn in tl.static_range(TURNS):
+                part = start + turn * SHARE + lane % SHARE
+                there = (part < count)[:, None, None]
+                of_part = (of_row + part)[:, None, None]
+                scores = scores + (  # noqa: RUF005
+                    tl.load(part_scores + of_part * 4 + four, mask=there, other=float("-inf")),
+                )
+                values = values + (  # noqa: RUF005
+                    load_floats(part_values + of_part * HEAD_DIM + dims, there, there, PARTS),
+                )
+            new_best = best
+            for turn in tl.static_range(TURNS):
+                new_best = tl.maximum(new_best, scores[turn])
+            safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
+            fade = tl.exp2(best - safe_best)
+            total *= fade
+            attended *= fade[:, :, :, None]
+            for turn in tl.static_range(TURNS):
+                share = tl.exp2(scores[turn] - safe_best)
+                total += share
+                attended += tl.reshape(values[turn], (8, PARTS, 4, 8)) * share[:, :, :, None]
+            best = new_best
+        if SHARE > 1:
+            row_best = tl.max(_by_row(best, SHARE), axis=1, keep_dims=True)
+            fade = tl.exp2(best - _for_columns(row_best, SHARE))
+            row_total = tl.sum(_by_row(total * fade, SHARE), axis=1, keep_dims=True)
+            total = _for_columns(row_total, SHARE)
+            attended *= fade[:, :, :, None]
+        # Columns without a row have nothing.
+        total = tl.where(total == 0.0, 1.0, total)
+        attended = (attended / total[:, :, :, None]).to(weight.dtype.element_ty)
+        x = right_operand(tl.reshape(attended, (8, PARTS, 32)), PARTS)
+        row = group * 8 + tl.arange(0, 8 // SHARE)
+        for tile in tl.static_range(TILES):
+            y = tl.dot(weights[tile], x, input_precision="ieee")
+            if SHARE > 1:
+                y = tl.sum(tl.reshape(y, (PARTS, 16, 8 // SHARE, SHARE)), axis=3)
+            tile_of_warp = (tl.program_id(0) * TILES + tile) * PARTS + tl.arange(0, PARTS)
+            n = tile_of_warp[:, None] * 16 + tl.arange(0, 16)[None, :]
+            place = residual + row[None, None, :] * width + n[:, :, None]
+            tl.atomic_add(place, y, mask=(row < rows)[None, None, :] & (n < width)[:, :, None], sem="relaxed")
 
 
 def rotate_attend(
@@ -212,65 +460,94 @@ def rotate_attend(
     *,
     page_size: int,
     window: int | None,
-    splits: int,
     pdl: bool,
-) -> torch.Tensor:
-    """Rotate, store this step's keys and values, and attend: one query a row.
+) -> AttentionParts:
+    """Rotate, store this step's keys and values, and attend by parts: one query a row.
 
     Args:
-        qkv: [rows, heads + 2 * kv heads, head_dim], not rotated; head_dim is a power of two, at least 32.
-        splits: see small_splits.
+        qkv: [rows, heads + 2 * kv heads, head_dim], not rotated; head_dim is 64 or 128.
         Others as in elementwise.rotate_and_store and paged_attention.decode_attention; a row sees its position and all
             before it.
-
-    Returns:
-        [rows, heads * head_dim].
     """
     rows, all_heads, head_dim = qkv.shape
     kv_heads = pool.shape[2]
     heads = all_heads - 2 * kv_heads
-    output = torch.empty((rows, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    partial = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
-    partial_max = torch.empty((rows, heads, splits), dtype=torch.float32, device=qkv.device)
-    partial_sum = torch.empty_like(partial_max)
-    cos, sin = tables
-    _rotate_attend[(rows, kv_heads, splits)](
+    count = part_count(rows)
+    parts = AttentionParts(
+        torch.empty((rows, heads, count, head_dim), dtype=torch.float32, device=qkv.device),
+        torch.empty((rows, heads, count, 4), dtype=torch.float32, device=qkv.device),
+        # As many as fit in a warp's registers; tensor cores sum over 16 at least.
+        max(16, 4096 // (head_dim * qkv.itemsize)),
+    )
+    _rotate_attend[(rows, kv_heads, count // WARPS)](
         qkv,
         positions,
         slots,
-        cos,
-        sin,
+        *tables,
         norm_weight if norm_weight is not None else qkv,
         pool,
         page_table,
         table_stride,
-        partial,
-        partial_max,
-        partial_sum,
+        parts.values,
+        parts.scores,
         eps,
         head_dim**-0.5,
         window or 0,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        HALF=head_dim // 2,
+        HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        BLOCK=BLOCK,
-        SPLITS=splits,
+        KEYS=parts.keys,
+        COUNT=count,
+        PARTS=WARPS,
         HAS_NORM=norm_weight is not None,
         HAS_WINDOW=window is not None,
         PDL=pdl,
-        num_warps=4,
+        num_warps=WARPS,
         **launch_options(pdl),
     )
-    _combine[(rows * heads,)](
-        partial,
-        partial_max,
-        partial_sum,
-        output,
+    return parts
+
+
+def add_attention(
+    parts: AttentionParts,
+    positions: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    window: int | None,
+    pdl: bool,
+) -> None:
+    """Take rotate_attend's parts together, project them, and add that to the float32 residual [rows, width] in place.
+
+    Adds with atomics: the order of a sum, and with it the last bits, may vary.
+
+    Args:
+        positions: int32 [rows], as given to rotate_attend.
+        weight: [width, heads * head_dim].
+    """
+    rows, heads, count, head_dim = parts.values.shape
+    width, tiles = len(weight), 4 if rows == 1 else 2
+    _add_attention[(triton.cdiv(width, 16 * WARPS * tiles), heads * head_dim // 32)](
+        parts.values,
+        parts.scores,
+        positions,
+        weight,
+        residual,
+        rows,
+        width,
+        window or 0,
+        HEADS=heads,
         HEAD_DIM=head_dim,
-        SPLITS=splits,
+        KEYS=parts.keys,
+        COUNT=count,
+        TURNS=2 if rows == 1 else 4,
+        GROUPS=triton.cdiv(rows, ROWS_TOGETHER),
+        SHARE=share_of(rows),
+        TILES=tiles,
+        PARTS=WARPS,
+        HAS_WINDOW=window is not None,
         PDL=pdl,
-        num_warps=2,
+        num_warps=WARPS,
         **launch_options(pdl),
     )
-    return output

@@ -18,7 +18,8 @@ from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention
 from minisgl.scheduler_proc.kernels.prefill_attention import MOST_ARRIVALS, PrefillTiles, prefill_attention
-from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend, small_splits
+from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, add_attention, rotate_attend
+from minisgl.scheduler_proc.kernels.small_head import logits_and_best
 from minisgl.scheduler_proc.kernels.small_linear import MAX_ROWS, MAX_WIDTH, linear_add, norm_gate_up, norm_linear
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder, LayerWeights
@@ -71,6 +72,21 @@ class PrefillInputs:
     page_table: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits of some rows of a step, valid until the next replay, and the greedy choice of those that sample.
+
+    Attributes:
+        logits: [rows that sample + scored positions, vocab] in the model's dtype, in the order of ForwardBatch.sampled.
+        tokens: int64 [rows that sample], the lowest id of the largest logit.
+        finite: bool [rows that sample], whether that logit is finite.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    finite: torch.Tensor
+
+
 class FusedDecoder:
     """A Decoder's weights with the fused forward. `pool` receives the keys and values.
 
@@ -87,11 +103,11 @@ class FusedDecoder:
         self.tiles = PrefillTiles(config.num_heads, config.num_kv_heads, config.head_dim, pool.layers[0].dtype, device)
         self._arrivals = torch.zeros(MOST_ARRIVALS, dtype=torch.int32, device=device)
         self._tables = _rotation_tables(decoder.rope, context_length, device)
-        self._small_batches = small_batch_kernels_fit(self.config)
+        self._small_batches = small_batch_kernels_fit(config, pool.layers[0].dtype)
         self._pdl = dependent_launch.supported(device)
 
-    def decode(self, inputs: DecodeInputs) -> torch.Tensor:
-        """Logits [rows, vocab] in the model's dtype."""
+    def decode(self, inputs: DecodeInputs) -> StepLogits:
+        """Logits of every row."""
         if self._small_batches and len(inputs.input_ids) <= MAX_ROWS:
             return self._head(self._decode_small_batch(inputs))
 
@@ -108,10 +124,10 @@ class FusedDecoder:
                 splits=inputs.splits,
             )
 
-        return self._head(self._layers(inputs, attend))
+        return self._head(*self._layers(inputs, attend))
 
-    def prefill(self, inputs: PrefillInputs) -> torch.Tensor:
-        """Logits [rows, vocab] of the sampled tokens, in the model's dtype."""
+    def prefill(self, inputs: PrefillInputs) -> StepLogits:
+        """Logits of the sampled tokens."""
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             return prefill_attention(
@@ -126,17 +142,18 @@ class FusedDecoder:
                 window=self.config.windows[layer],
             )
 
-        return self._head(self._layers(inputs, attend).index_select(0, inputs.sampled))
+        residual, delta = self._layers(inputs, attend)
+        return self._head(residual.index_select(0, inputs.sampled), delta.index_select(0, inputs.sampled))
 
     def _decode_small_batch(self, inputs: DecodeInputs) -> torch.Tensor:
-        """Normed hidden states [rows, hidden] of the last layer, by six kernels a layer."""
+        """Hidden states [rows, hidden] of the last layer, not yet normed, by five kernels a layer."""
         config, pdl = self.config, self._pdl
         eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
         residual = self._embed(inputs)
-        splits = small_splits(len(residual))
         for index, layer in enumerate(self.weights.layers):
+            window = config.windows[index]
             qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
-            attended = rotate_attend(
+            parts = rotate_attend(
                 qkv.view(-1, heads, config.head_dim),
                 inputs.positions,
                 inputs.slots,
@@ -147,17 +164,16 @@ class FusedDecoder:
                 inputs.page_table,
                 inputs.table_stride,
                 page_size=self.pool.page_size,
-                window=config.windows[index],
-                splits=splits,
+                window=window,
                 pdl=pdl,
             )
-            linear_add(attended, layer.output, residual, pdl)
+            add_attention(parts, inputs.positions, layer.output, residual, window=window, pdl=pdl)
             product = norm_gate_up(residual, layer.post_attention_norm, layer.gate_up, eps, pdl)
             linear_add(product, layer.down, residual, pdl)
-        return add_rms_norm(residual, None, self.weights.norm, eps)
+        return residual
 
-    def _layers(self, inputs: DecodeInputs | PrefillInputs, attend: Attend) -> torch.Tensor:
-        """Normed hidden states [tokens, hidden] of the last layer."""
+    def _layers(self, inputs: DecodeInputs | PrefillInputs, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [tokens, hidden] before the last addition, and what is to be added."""
         config, weights = self.config, self.weights
         heads = config.num_heads + 2 * config.num_kv_heads
         residual = self._embed(inputs)
@@ -177,7 +193,9 @@ class FusedDecoder:
             delta = F.linear(attend(index, qkv).flatten(1), layer.output, layer.output_bias)
             normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps)
             delta = self._feed_forward(layer, normed)
-        return add_rms_norm(residual, delta, weights.norm, config.rms_norm_eps)
+        if delta is None:
+            raise ValueError("the model has no layers")
+        return residual, delta
 
     def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
         return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens)
@@ -186,15 +204,22 @@ class FusedDecoder:
         gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
         return F.linear(silu_and_multiply(gate_up), layer.down, layer.down_bias)
 
-    def _head(self, normed: torch.Tensor) -> torch.Tensor:
-        return F.linear(normed, self.weights.head)
+    def _head(self, residual: torch.Tensor, delta: torch.Tensor | None = None) -> StepLogits:
+        weights, eps = self.weights, self.config.rms_norm_eps
+        if self._small_batches and len(residual) <= MAX_ROWS:
+            hidden = residual if delta is None else residual + delta
+            return StepLogits(*logits_and_best(hidden, weights.norm, weights.head, eps, self._pdl))
+        logits = F.linear(add_rms_norm(residual, delta, weights.norm, eps), weights.head)
+        best, tokens = logits.max(dim=-1)
+        # With NaN among the logits the index may be none.
+        return StepLogits(logits, tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best))
 
 
-def small_batch_kernels_fit(config: ModelConfig) -> bool:
+def small_batch_kernels_fit(config: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether the kernels for few rows cover this shape."""
     return (
-        config.hidden_size <= MAX_WIDTH
-        and config.head_dim in (32, 64, 128)
+        config.hidden_size <= MAX_WIDTH[dtype.itemsize]
+        and config.head_dim in (64, 128)
         and config.num_heads // config.num_kv_heads <= MAX_GROUP
         and not (config.output_bias or config.mlp_bias)
     )
