@@ -14,7 +14,7 @@ The right operand has 8 columns, one a row of the batch. With fewer rows, SHARE 
 hold different chunks of it, so that each value is loaded and scaled by one lane; `product` picks what belongs together.
 
 Whether a kernel stays free of shared memory and spilled registers is seen without a GPU: compile it for sm_90 and read
-the `local_alloc`s and `convert_layout`s in `asm["ttgir"]` and ptxas's report (bench/ENGINE_LOG.md, entries 5 and 9).
+the `local_alloc`s and `convert_layout`s in `asm["ttgir"]` and ptxas's report (bench/ENGINE_LOG.md, entries 5 and 11).
 """
 
 from __future__ import annotations

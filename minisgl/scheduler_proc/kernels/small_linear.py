@@ -2,7 +2,7 @@
 gate/up + SiLU, linear + residual.
 
 A program holds all its weights in registers before it waits for its predecessor (dependent_launch.py), in the form
-that tensor cores take (fragments.py). Tile sizes are the measured best of several (bench/ENGINE_LOG.md, entry 9).
+that tensor cores take (fragments.py). Tile sizes are the measured best of several (bench/ENGINE_LOG.md, entry 11).
 """
 
 from __future__ import annotations
