@@ -62,9 +62,9 @@ def _first_key(position, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _keys_of_part(position, first, COUNT: tl.constexpr, KEYS: tl.constexpr):
+def _keys_of_part(position, first, most_parts, KEYS: tl.constexpr):
     """How many of the positions first .. position each part has, until none are left."""
-    return tl.cdiv(position + 1 - first, COUNT * KEYS) * KEYS
+    return tl.cdiv(position + 1 - first, most_parts * KEYS) * KEYS
 
 
 @triton.jit
@@ -198,6 +198,7 @@ def _rotate_attend(
     table_stride_at,
     part_values,
     part_scores,
+    most_parts,
     eps,
     scale,
     window,
@@ -206,7 +207,6 @@ def _rotate_attend(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    COUNT: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -225,7 +225,7 @@ def _rotate_attend(
     part = tl.program_id(2) * PARTS + tl.arange(0, PARTS)
     position = tl.load(positions + row)
     first = _first_key(position, window, HAS_WINDOW)
-    share = _keys_of_part(position, first, COUNT, KEYS)
+    share = _keys_of_part(position, first, most_parts, KEYS)
     begin = first + part * share
     if first + tl.program_id(2) * PARTS * share > position:
         return
@@ -328,7 +328,7 @@ def _rotate_attend(
     for eight in tl.static_range(EIGHTS):
         head = eight * 8 + lane
         inside = (head < GROUP)[None, :, None]
-        of_part = ((row * HEADS + kv_head * GROUP + head)[:, None] * COUNT + part[None, :])[None, :, :]
+        of_part = ((row * HEADS + kv_head * GROUP + head)[:, None] * most_parts + part[None, :])[None, :, :]
         place = part_values + of_part[:, :, :, None, None] * HEAD_DIM + dim
         tl.store(place, sums[eight], mask=inside[:, :, :, None, None])
         copies = tl.broadcast_to(scores[eight][None, :, :], (4, 8, PARTS))
@@ -355,13 +355,13 @@ def _add_attention(
     positions,
     weight,
     residual,
+    most_parts,
     rows,
     width,
     window,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
-    COUNT: tl.constexpr,
     TURNS: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -392,12 +392,12 @@ def _add_attention(
         source_row = group * 8 + lane // SHARE
         position = tl.load(positions + source_row, mask=source_row < rows, other=0)
         first = _first_key(position, window, HAS_WINDOW)
-        count = tl.cdiv(position + 1 - first, _keys_of_part(position, first, COUNT, KEYS))
+        count = tl.cdiv(position + 1 - first, _keys_of_part(position, first, most_parts, KEYS))
         count = tl.where(source_row < rows, count, 0)
         most = tl.max(count, axis=0)
         if PDL and group == 0:
             gdc_wait()
-        of_row = (source_row * HEADS + head) * COUNT
+        of_row = (source_row * HEADS + head) * most_parts
         best = tl.full((8, PARTS, 4), float("-inf"), tl.float32)
         total = tl.zeros((8, PARTS, 4), tl.float32)
         attended = tl.zeros((8, PARTS, 4, 8), tl.float32)
@@ -490,6 +490,7 @@ def rotate_attend(
         table_stride,
         parts.values,
         parts.scores,
+        count,
         eps,
         head_dim**-0.5,
         window or 0,
@@ -498,7 +499,6 @@ def rotate_attend(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         KEYS=parts.keys,
-        COUNT=count,
         PARTS=WARPS,
         HAS_NORM=norm_weight is not None,
         HAS_WINDOW=window is not None,
@@ -534,13 +534,13 @@ def add_attention(
         positions,
         weight,
         residual,
+        count,
         rows,
         width,
         window or 0,
         HEADS=heads,
         HEAD_DIM=head_dim,
         KEYS=parts.keys,
-        COUNT=count,
         TURNS=2 if rows == 1 else 4,
         GROUPS=triton.cdiv(rows, ROWS_TOGETHER),
         SHARE=share_of(rows),
