@@ -3,8 +3,8 @@ to the residual, in another.
 
 The first gives each warp of each program a part of a row's keys to attend to, and no warp ever waits for another: keys,
 values and scores stay in registers (fragments.py). The second takes the parts together as it loads them. What earlier
-steps have left is loaded before the wait for this one (dependent_launch.py). Sizes are the measured best of several
-(bench/ENGINE_LOG.md, entry 11).
+steps have left is loaded before the wait for this one (dependent_launch.py). Sizes are the measured best of several at
+one and eight rows (bench/ENGINE_LOG.md, entry 11).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 gate/up + SiLU, linear + residual.
 
 A program holds all its weights in registers before it waits for its predecessor (dependent_launch.py), in the form
-that tensor cores take (fragments.py). Tile sizes are the measured best of several (bench/ENGINE_LOG.md, entry 11).
+that tensor cores take (fragments.py). Tile sizes are the measured best of several at one and eight rows
+(bench/ENGINE_LOG.md, entry 11).
 """
 
 from __future__ import annotations
