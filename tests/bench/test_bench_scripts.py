@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from benchlib.servers import get_json
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SECONDS = 90
@@ -28,7 +29,7 @@ def test_help_is_there_and_imports_nothing_heavy(script):
         [sys.executable, "-X", "importtime", str(BENCH / script), "--help"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0
@@ -56,7 +57,17 @@ def test_a_run_on_the_demo_model_is_a_result_with_a_report(tmp_path):
     assert "## 16 in, 8 out" in (tmp_path / "server.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "server.records.jsonl").read_text().splitlines()]
     assert Counter(row["level"] for row in rows) == {"1": 3, "3": 6}
-    assert all(len(row["gaps_ms"]) == 7 for row in rows)
+    # Tokens that came with the first one have no gap.
+    assert all(0 < len(row["gaps_ms"]) <= 7 for row in rows)
+
+
+def wait_for_answers(server, count):
+    """Until the launcher's server has answered so many requests."""
+    (port,) = {socket.laddr.port for socket in server.net_connections("tcp") if socket.status == psutil.CONN_LISTEN}
+    deadline = time.monotonic() + SECONDS
+    while get_json(f"http://127.0.0.1:{port}/health")["workers"]["http-0"]["stats"]["ok"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_server_that_dies_in_the_middle_is_reported_as_such(tmp_path):
@@ -73,12 +84,12 @@ def test_a_server_that_dies_in_the_middle_is_reported_as_such(tmp_path):
         for line in bench.stderr:
             if "is ready" in line:
                 break
-        time.sleep(2)
         server = next(
             child
             for child in psutil.Process(bench.pid).children()
             if any("launch.py" in word for word in child.cmdline())
         )
+        wait_for_answers(server, 20)
         processes = [server, *server.children(recursive=True)]
         server.kill()
         _, text = bench.communicate(timeout=SECONDS)
@@ -93,7 +104,7 @@ def test_a_server_that_dies_in_the_middle_is_reported_as_such(tmp_path):
     assert "connection lost" in reasons
     assert report["cells"][0]["output_tps"] is None
     assert "**REFUSED: this run is not a result.**" in (tmp_path / "server.md").read_text()
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
 
 
@@ -147,5 +158,5 @@ def test_a_run_that_is_cut_short_keeps_what_it_measured_and_leaves_no_server(tmp
     assert report["cells"][0]["output_tps"] > 0
     assert "cut short" in report["remarks"][0]
     assert "**cut short" in (tmp_path / "server.md").read_text()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
