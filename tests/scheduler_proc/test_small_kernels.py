@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the
 
 from minisgl.scheduler_proc.kernels.elementwise import rotate_and_store  # noqa: E402
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention  # noqa: E402
-from minisgl.scheduler_proc.kernels.small_attention import add_attention, rotate_attend  # noqa: E402
+from minisgl.scheduler_proc.kernels.small_attention import rotate_attend  # noqa: E402
 from minisgl.scheduler_proc.kernels.small_head import logits_and_best  # noqa: E402
 from minisgl.scheduler_proc.kernels.small_linear import linear_add, norm_gate_up, norm_linear  # noqa: E402
+from minisgl.scheduler_proc.kernels.small_output import add_attention  # noqa: E402
 
 # Each case is compiled anew on a GPU, so there it is few of what a GPU runs, at Qwen2.5-0.5B's shape; the interpreter
 # emulates bfloat16 only slowly and takes small shapes that are no multiples of the tiles.

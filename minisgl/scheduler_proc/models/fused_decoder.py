@@ -18,9 +18,10 @@ from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.elementwise import add_rms_norm, embed, rotate_and_store, silu_and_multiply
 from minisgl.scheduler_proc.kernels.paged_attention import decode_attention
 from minisgl.scheduler_proc.kernels.prefill_attention import MOST_ARRIVALS, PrefillTiles, prefill_attention
-from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, add_attention, rotate_attend
+from minisgl.scheduler_proc.kernels.small_attention import MAX_GROUP, rotate_attend
 from minisgl.scheduler_proc.kernels.small_head import logits_and_best
 from minisgl.scheduler_proc.kernels.small_linear import MAX_ROWS, MAX_WIDTH, linear_add, norm_gate_up, norm_linear
+from minisgl.scheduler_proc.kernels.small_output import add_attention
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder, LayerWeights
 from minisgl.scheduler_proc.models.rope import Rope
