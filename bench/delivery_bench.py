@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchlib.anatomy import HOPS, anatomy_of
 from benchlib.load import Load, LoadGenerator, LoadResult
@@ -138,8 +139,18 @@ def stalled_clients(target: Target, count: int) -> Iterator[list[socket.socket]]
 
 def of_each_worker(url: str, figure: Callable[[int], float]) -> dict[str, float]:
     """A figure of each worker process, by its name."""
-    workers = (get_json(f"{url}/health") or {})["workers"]
-    return {name: figure(worker["pid"]) for name, worker in workers.items()}
+    return {name: figure(worker["pid"]) for name, worker in workers(url).items()}
+
+
+def workers(url: str) -> dict[str, Any]:
+    """What the server says of its workers, as soon as it is well: a busy machine makes it doubt them for a moment."""
+    deadline = time.monotonic() + READY_SECONDS
+    while (health := get_json(f"{url}/health")) is None:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{url} is not well")
+        time.sleep(0.05)
+    found: dict[str, Any] = health["workers"]
+    return found
 
 
 def resident_mib(pid: int) -> float:

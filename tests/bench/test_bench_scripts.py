@@ -9,9 +9,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import delivery_bench
 import psutil
 import pytest
-from benchlib.servers import get_json
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SECONDS = 90
@@ -65,7 +65,7 @@ def wait_for_answers(server, count):
     """Until the launcher's server has answered so many requests."""
     (port,) = {socket.laddr.port for socket in server.net_connections("tcp") if socket.status == psutil.CONN_LISTEN}
     deadline = time.monotonic() + SECONDS
-    while get_json(f"http://127.0.0.1:{port}/health")["workers"]["http-0"]["stats"]["ok"] < count:
+    while delivery_bench.workers(f"http://127.0.0.1:{port}")["http-0"]["stats"]["ok"] < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -18,7 +18,6 @@ import delivery_bench
 import pytest
 from benchlib.client import Target
 from benchlib.load import Load, LoadGenerator
-from benchlib.servers import get_json
 from benchlib.stats import inter_token_gaps, percentile
 from benchlib.workloads import Lengths, Session, Workload, load_tokenizer
 from real_server import until
@@ -77,7 +76,7 @@ class Bench:
         self._sessions = Workload("random", Lengths("16"), Lengths(str(NEW_TOKENS))).sessions(fast, self._tokenizer, 1)
 
     def stats(self) -> dict[str, int]:
-        return (get_json(f"{self.url}/health") or {})["workers"]["http-0"]["stats"]
+        return delivery_bench.workers(self.url)["http-0"]["stats"]
 
     def mib(self) -> float:
         return delivery_bench.of_each_worker(self.url, delivery_bench.resident_mib)["http-0"]
