@@ -208,7 +208,7 @@ def _interval(fields, totals, starts, below, row, limit, extra, ROWS: tl.constex
     before = (row * 2 + phase) * _PASSES + number - 1
     start = tl.load(starts + before, mask=number > 1, other=0)
     nearer = tl.load(below + before, mask=number > 1, other=0)
-    total = tl.load(totals + before * _FAN + tl.arange(0, _FAN), mask=number > 0, other=0)
+    total = tl.load(totals + before * _FAN + tl.arange(0, _FAN), mask=tl.arange(0, _FAN) < number * _FAN, other=0)
     short = (total < _goal(fields, totals, row, limit, extra, ROWS, phase)) & (number > 0)
     part = tl.minimum(tl.sum(short.to(tl.int32), axis=0), _FAN - 1)
     start += part << (number * -4 + 4 * _PASSES)
