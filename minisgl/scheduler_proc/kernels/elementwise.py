@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
-def _embed(input_ids, sources, last_tokens, table, residual, hidden, BLOCK: tl.constexpr):
+def _embed(input_ids, sources, last_tokens, table, residual, hidden, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
@@ -28,11 +31,13 @@ def embed(
     table: torch.Tensor,
     sources: torch.Tensor,
     last_tokens: torch.Tensor,
+    pdl: bool,
 ) -> torch.Tensor:
     """Embeddings of int32 ids [tokens] as float32 [tokens, hidden].
 
     Where `sources` (int32 [tokens]) is not negative, the id is last_tokens[source] (int64) instead: a token that the
-    step before has sampled and the host has not seen yet.
+    step before has sampled and the host has not seen yet. With `pdl` the next kernel may begin at once, if it waits
+    (dependent_launch.py).
     """
     tokens, hidden = len(input_ids), table.shape[1]
     residual = torch.empty((tokens, hidden), dtype=torch.float32, device=table.device)
@@ -44,6 +49,7 @@ def embed(
         residual,
         hidden,
         BLOCK=triton.next_power_of_2(hidden),
+        PDL=pdl,
         num_warps=4,
     )
     return residual

@@ -1,9 +1,9 @@
 """Attention of a decode step of few rows, in one kernel: rotation, KV write and attention to parts of the keys.
 
-Each warp of each program has a part of a row's keys, and no warp ever waits for another: keys, values and scores stay
-in registers (fragments.py). The next kernel, small_output.py, takes the parts together. What earlier steps have left is
-loaded before the wait for this one (dependent_launch.py). Sizes are the measured best of several at one and eight rows
-(bench/ENGINE_LOG.md, entry 11).
+A row's keys are parted among programs, and a program's among its warps: keys, values and scores stay in a warp's
+registers (fragments.py) until, at the end, the warps take their sums together. The next kernel, small_output.py, takes
+the programs' parts together. What earlier steps have left is loaded before the wait for this one (dependent_launch.py).
+Sizes are the measured best of several (bench/ENGINE_LOG.md, entry 11).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
-from minisgl.scheduler_proc.kernels.fragments import left_operand
+from minisgl.scheduler_proc.kernels.fragments import left_operand, sum_parts
 
 MAX_GROUP = 16
 """Most query heads to a key head: the rows of one left operand."""
@@ -31,7 +31,7 @@ class AttentionParts(NamedTuple):
         values: float32 [rows, heads, parts, head_dim], the part's own softmax times its values.
         scores: float32 [rows, heads, parts, 4], log2 of the part's sum of exponentials, four times over: so each lane
             that loads a quarter of a row's values has its own.
-        keys: how many keys a part looks at together.
+        keys: how many keys a warp looks at together.
     """
 
     values: torch.Tensor
@@ -39,9 +39,14 @@ class AttentionParts(NamedTuple):
     keys: int
 
 
-def part_count(rows: int) -> int:
-    """Into how many parts at most one row's keys are cut: more need more time to be taken together."""
-    return 128 if rows == 1 else 64 if rows == 2 else 32 if rows <= 8 else 16
+def _most_parts(rows: int) -> int:
+    """Among how many programs at most one row's keys are parted: more need more time to be taken together."""
+    return 16 if rows <= 4 else 8
+
+
+def _keys_together(rows: int, bytes_of_key: int) -> int:
+    """How many keys a warp looks at together: no more than its registers hold; tensor cores sum over 16 at least."""
+    return min(16 if 1 < rows <= 4 else 32, max(16, 4096 // bytes_of_key))
 
 
 @triton.jit
@@ -54,9 +59,9 @@ def first_key(position, window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def keys_of_part(position, first, most_parts, KEYS: tl.constexpr):
-    """How many of the positions first .. position each part has, until none are left."""
-    return tl.cdiv(position + 1 - first, most_parts * KEYS) * KEYS
+def keys_of_warp(position, first, COUNT: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr):
+    """How many of the positions first .. position each warp of COUNT programs has."""
+    return tl.cdiv(position + 1 - first, COUNT * PARTS * KEYS) * KEYS
 
 
 @triton.jit
@@ -190,7 +195,6 @@ def _rotate_attend(
     table_stride_at,
     part_values,
     part_scores,
-    most_parts,
     eps,
     scale,
     window,
@@ -199,6 +203,7 @@ def _rotate_attend(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -214,12 +219,12 @@ def _rotate_attend(
     dtype = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    part = tl.program_id(2) * PARTS + tl.arange(0, PARTS)
+    part = tl.program_id(2)
     position = tl.load(positions + row)
     first = first_key(position, window, HAS_WINDOW)
-    share = keys_of_part(position, first, most_parts, KEYS)
-    begin = first + part * share
-    if first + tl.program_id(2) * PARTS * share > position:
+    share = keys_of_warp(position, first, COUNT, PARTS, KEYS)
+    begin = first + (part * PARTS + tl.arange(0, PARTS)) * share
+    if first + part * PARTS * share > position:
         return
     lane = tl.arange(0, 8)
     every = lane < 8
@@ -280,9 +285,9 @@ def _rotate_attend(
         own = tl.where((tl.arange(0, 2) == 0)[None, :, None], own, owns[1])
     own = tl.reshape(own, (PARTS, 16))
 
-    if tl.program_id(2) == 0:
+    if part == 0:
         # Not finite values must not stay in pages that another request gets later.
-        once = (lane == 0)[:, None, None] & (part == 0)[None, :, None]
+        once = (lane == 0)[:, None, None] & (tl.arange(0, PARTS) == 0)[None, :, None]
         for c in tl.static_range(BLOCKS):
             place = pool_keys + slot * STRIDE + c * 32 + tl.arange(0, 32)[None, None, :]
             key = tl.where(tl.abs(new_key[c]) < float("inf"), new_key[c], 0.0).to(dtype)
@@ -307,24 +312,25 @@ def _rotate_attend(
             queries, keys, values, at + step, own, position, first, factor, best, total, sums, PARTS, KEYS, HEAD_DIM
         )
 
-    sums = sums / tl.where(total == 0.0, 1.0, total)[:, :, None]
-    # Of the sums, rows are (eight, r) and columns (d, 2 t + e), meaning dimension (2 t + e) * HEAD_DIM / 8 + d; each
-    # lane stores what it has, by fours: [t, r, PARTS, fours, 4, eight].
-    sums = tl.reshape(sums, (PARTS, 2, 8, HEAD_DIM // 8, 4, 2))
-    sums = tl.reshape(tl.permute(sums, (4, 2, 0, 5, 3, 1)), (4, 8, PARTS, HEAD_DIM // 16, 4, 2))
-    sums = tl.split(sums)
-    scores = tl.split(tl.permute(tl.reshape(best + tl.log2(total), (PARTS, 2, 8)), (2, 0, 1)))
-    t = tl.arange(0, 4)
-    fours = tl.arange(0, HEAD_DIM // 16)[None, None, None, :, None] * 4 + t[None, None, None, None, :]
-    dim = t[:, None, None, None, None] * (HEAD_DIM // 4) + fours
+    # The warps take their sums together; one that has seen nothing has -inf, 0 and 0.
+    top = tl.max(best, axis=0)
+    fade = tl.exp2(best - top[None, :])
+    total = tl.sum(total * fade, axis=0)
+    sums *= fade[:, :, None]
+    # Rows of the sums are (eight, r), columns (d, 2 t + e), which means dimension (2 t + e) * HEAD_DIM / 8 + d.
+    sums = tl.reshape(sums, (PARTS, 2, 8, HEAD_DIM // 8, 8))
+    sums = tl.split(tl.permute(sums, (2, 4, 3, 0, 1)))
+    total = tl.split(tl.permute(tl.reshape(total, (2, 8)), (1, 0)))
+    top = tl.split(tl.permute(tl.reshape(top, (2, 8)), (1, 0)))
     for eight in tl.static_range(EIGHTS):
         head = eight * 8 + lane
-        inside = (head < GROUP)[None, :, None]
-        of_part = ((row * HEADS + kv_head * GROUP + head)[:, None] * most_parts + part[None, :])[None, :, :]
-        place = part_values + of_part[:, :, :, None, None] * HEAD_DIM + dim
-        tl.store(place, sums[eight], mask=inside[:, :, :, None, None])
-        copies = tl.broadcast_to(scores[eight][None, :, :], (4, 8, PARTS))
-        tl.store(part_scores + of_part * 4 + t[:, None, None], copies, mask=inside)
+        of_part = (row * HEADS + kv_head * GROUP + head) * COUNT + part
+        value = tl.reshape(sum_parts(sums[eight], PARTS), (8, HEAD_DIM)) / total[eight][:, None]
+        place = part_values + of_part[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+        tl.store(place, value, mask=(head < GROUP)[:, None])
+        score = tl.broadcast_to((top[eight] + tl.log2(total[eight]))[:, None], (8, 4))
+        place = part_scores + of_part[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(place, score, mask=(head < GROUP)[:, None])
 
 
 def rotate_attend(
@@ -352,14 +358,13 @@ def rotate_attend(
     rows, all_heads, head_dim = qkv.shape
     kv_heads = pool.shape[2]
     heads = all_heads - 2 * kv_heads
-    count = part_count(rows)
+    count = _most_parts(rows)
     parts = AttentionParts(
         torch.empty((rows, heads, count, head_dim), dtype=torch.float32, device=qkv.device),
         torch.empty((rows, heads, count, 4), dtype=torch.float32, device=qkv.device),
-        # As many as fit in a warp's registers; tensor cores sum over 16 at least.
-        max(16, 4096 // (head_dim * qkv.itemsize)),
+        _keys_together(rows, head_dim * qkv.itemsize),
     )
-    _rotate_attend[(rows, kv_heads, count // WARPS)](
+    _rotate_attend[(rows, kv_heads, count)](
         qkv,
         positions,
         slots,
@@ -370,7 +375,6 @@ def rotate_attend(
         table_stride,
         parts.values,
         parts.scores,
-        count,
         eps,
         head_dim**-0.5,
         window or 0,
@@ -379,6 +383,7 @@ def rotate_attend(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         KEYS=parts.keys,
+        COUNT=count,
         PARTS=WARPS,
         HAS_NORM=norm_weight is not None,
         HAS_WINDOW=window is not None,

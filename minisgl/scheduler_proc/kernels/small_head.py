@@ -1,6 +1,6 @@
 """The end of a step of 1 to 16 rows: final norm, logits, and each row's largest one, in two kernels.
 
-The first is one wave of programs that stream the head's weights, the next tile's on their way while one is multiplied
+The first is a few hundred programs that stream the head's weights, the next tile's on their way while one is multiplied
 (fragments.py), and keep the best of what they have seen; the second takes the best of those.
 """
 
@@ -23,8 +23,8 @@ from minisgl.scheduler_proc.kernels.fragments import (
 )
 from minisgl.scheduler_proc.kernels.small_linear import load_norm, normed_rows
 
-PROGRAMS = 264
-"""Two for each multiprocessor of an H200."""
+MULTIPROCESSORS = 132
+"""Of an H200."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -128,7 +128,9 @@ def logits_and_best(
     """
     rows, k = residual.shape
     vocab, device = len(weight), weight.device
-    programs = min(PROGRAMS, triton.cdiv(vocab, 16))
+    # Measured best of several (bench/ENGINE_LOG.md, entry 11).
+    each = 4 if rows == 1 or 4 < rows <= ROWS_TOGETHER else 2
+    programs = min(MULTIPROCESSORS * each, triton.cdiv(vocab, 16))
     parts = warps_for(k)
     logits = torch.empty((rows, vocab), dtype=weight.dtype, device=device)
     best_values = torch.empty((rows, programs), dtype=torch.float32, device=device)

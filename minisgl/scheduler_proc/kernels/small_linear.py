@@ -2,8 +2,7 @@
 gate/up + SiLU, linear + residual.
 
 A program holds all its weights in registers before it waits for its predecessor (dependent_launch.py), in the form
-that tensor cores take (fragments.py). Tile sizes are the measured best of several at one and eight rows
-(bench/ENGINE_LOG.md, entry 11).
+that tensor cores take (fragments.py). Tile sizes are the measured best of several (bench/ENGINE_LOG.md, entry 11).
 """
 
 from __future__ import annotations
@@ -250,9 +249,17 @@ def norm_gate_up(
     rows, k = residual.shape
     width = len(weight) // 2
     output = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
-    tiles = 1 if 4 < rows <= 8 or weight.itemsize > 2 else 2
+    options = _options(rows, warps_for(k), pdl)
+    tiles = 1 if weight.itemsize > 2 else 2
+    if tiles == 2 and 4 < rows <= ROWS_TOGETHER:
+        # Two tiles want so many registers that only two programs fit on a multiprocessor; with more columns than these
+        # a limit makes them spill.
+        if k <= 896:
+            options["maxnreg"] = 160
+        else:
+            tiles = 1
     _norm_gate_up[(triton.cdiv(width, 8 * tiles),)](
-        residual, norm_weight, weight, output, rows, width, eps, K=k, TILES=tiles, **_options(rows, warps_for(k), pdl)
+        residual, norm_weight, weight, output, rows, width, eps, K=k, TILES=tiles, **options
     )
     return output
 
@@ -264,8 +271,9 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, pd
     """
     rows, k = x.shape
     width = len(weight)
-    parts = 4
-    chunks = min(triton.cdiv(k, parts * 32), 10 if rows <= 8 else 4)
+    parts = 4 if rows <= ROWS_TOGETHER else 8
+    most_chunks = 10 if 1 < rows <= 4 else 8 if rows <= ROWS_TOGETHER else 5
+    chunks = min(triton.cdiv(k, parts * 32), most_chunks)
     _linear_add[(triton.cdiv(width, 16), triton.cdiv(k, chunks * parts * 32))](
         x, weight, residual, rows, width, K=k, CHUNKS=chunks, **_options(rows, parts, pdl)
     )

@@ -20,7 +20,7 @@ from minisgl.scheduler_proc.kernels.fragments import (
     right_operand,
     share_of,
 )
-from minisgl.scheduler_proc.kernels.small_attention import AttentionParts, first_key, keys_of_part
+from minisgl.scheduler_proc.kernels.small_attention import AttentionParts, first_key, keys_of_warp
 
 WARPS = 4
 
@@ -45,13 +45,13 @@ def _add_attention(
     positions,
     weight,
     residual,
-    most_parts,
     rows,
     width,
     window,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
     TURNS: tl.constexpr,
     GROUPS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -82,12 +82,12 @@ def _add_attention(
         source_row = group * 8 + lane // SHARE
         position = tl.load(positions + source_row, mask=source_row < rows, other=0)
         first = first_key(position, window, HAS_WINDOW)
-        count = tl.cdiv(position + 1 - first, keys_of_part(position, first, most_parts, KEYS))
+        count = tl.cdiv(position + 1 - first, PARTS * keys_of_warp(position, first, COUNT, PARTS, KEYS))
         count = tl.where(source_row < rows, count, 0)
         most = tl.max(count, axis=0)
         if PDL and group == 0:
             gdc_wait()
-        of_row = (source_row * HEADS + head) * most_parts
+        of_row = (source_row * HEADS + head) * COUNT
         best = tl.full((8, PARTS, 4), float("-inf"), tl.float32)
         total = tl.zeros((8, PARTS, 4), tl.float32)
         attended = tl.zeros((8, PARTS, 4, 8), tl.float32)
@@ -137,6 +137,15 @@ def _add_attention(
             tl.atomic_add(place, y, mask=(row < rows)[None, None, :] & (n < width)[:, :, None], sem="relaxed")
 
 
+def _tiles_and_turns(rows: int) -> tuple[int, int]:
+    """How many tiles a warp has, and how many parts each lane loads at once."""
+    if rows <= 2:
+        return rows, rows
+    if rows <= 4:
+        return 2, 4
+    return 4, 8 if rows <= 8 else 4
+
+
 def add_attention(
     parts: AttentionParts,
     positions: torch.Tensor,
@@ -155,21 +164,22 @@ def add_attention(
         weight: [width, heads * head_dim].
     """
     rows, heads, count, head_dim = parts.values.shape
-    width, tiles = len(weight), 4 if rows == 1 else 2
+    width = len(weight)
+    tiles, turns = _tiles_and_turns(rows)
     _add_attention[(triton.cdiv(width, 16 * WARPS * tiles), heads * head_dim // 32)](
         parts.values,
         parts.scores,
         positions,
         weight,
         residual,
-        count,
         rows,
         width,
         window or 0,
         HEADS=heads,
         HEAD_DIM=head_dim,
         KEYS=parts.keys,
-        TURNS=2 if rows == 1 else 4,
+        COUNT=count,
+        TURNS=turns,
         GROUPS=triton.cdiv(rows, ROWS_TOGETHER),
         SHARE=share_of(rows),
         TILES=tiles,

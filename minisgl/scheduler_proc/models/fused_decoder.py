@@ -199,7 +199,7 @@ class FusedDecoder:
         return residual, delta
 
     def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
-        return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens)
+        return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens, self._pdl)
 
     def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
