@@ -107,8 +107,14 @@ def test_everyone_is_introduced_and_leaves_on_shutdown(tmp_path: Path) -> None:
             assert stat.S_IMODE(Path(running.run_dir).stat().st_mode) == 0o700
             await running.serve()
             names = WORKERS | {"scheduler-1", "http-1"}
+
+            def ups_of(name: str) -> dict[str, tuple[int, str]]:
+                return {line[1]: (line[2], line[3]) for line in seen(tmp_path, name, 1, WorkerUp)}
+
             for name in names:
-                ups = {line[1]: (line[2], line[3]) for line in seen(tmp_path, name, 1, WorkerUp)}
+                # The last one ready is announced to the others while the stack already serves.
+                await until(lambda name=name: len(ups_of(name)) >= len(names) - 1)
+                ups = ups_of(name)
                 assert set(ups) == names - {name}
                 assert all(epoch == 1 and address.endswith(f"{up}.1") for up, (epoch, address) in ups.items())
             assert ("scheduler-0", "loading", 1, 2) in running.stages

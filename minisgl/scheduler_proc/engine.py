@@ -6,16 +6,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from minisgl.config import ConfigError, ModelSpec, ServerConfig
+from minisgl.config import ModelSpec, ServerConfig
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
 from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
+from minisgl.scheduler_proc.compute_path import be_deterministic, use_fused_kernels, use_tiles
 from minisgl.scheduler_proc.core import scheduler_limits
 from minisgl.scheduler_proc.device import (
     choose_device,
@@ -27,7 +27,6 @@ from minisgl.scheduler_proc.device import (
 )
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
-from minisgl.scheduler_proc.models.config import parse_config, read_config
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch, to_host
 from minisgl.scheduler_proc.models.linear import PLAIN
@@ -116,7 +115,7 @@ class StepEngine:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         page_size = config.page_size or DEFAULT_PAGE_SIZE
-        tiled = _use_tiles(config, Path(model.directory), device, dtype, page_size)
+        tiled = use_tiles(config, Path(model.directory), device, dtype, page_size)
         progress("loading weights", 0, 0)
         with torch.inference_mode():
             loaded = load_model(
@@ -142,8 +141,8 @@ class StepEngine:
                 graphs = _make_graphs(loaded, pool, limits) if fused else None
                 return cls(tiles or loaded, forward, graphs, pool, num_pages, limits, device, threads)
 
-            deterministic = _be_deterministic(config, loaded)
-            fused = not deterministic and _use_fused_kernels(config, loaded, device)
+            deterministic = be_deterministic(config, loaded)
+            fused = not deterministic and use_fused_kernels(config, loaded, device)
 
             limits = scheduler_limits(config, model, str(device))
             if fused:
@@ -272,61 +271,11 @@ def _forward(model: Model, attention: AttentionBackend, batch: ForwardBatch) -> 
     return model.forward(batch, attention.begin_step(batch))
 
 
-def _use_tiles(config: ServerConfig, directory: Path, device: torch.device, dtype: torch.dtype, page_size: int) -> bool:
-    """Whether the CPU's tiles run this model; raises ConfigError when that was asked for and cannot be."""
-    possible = (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and config.quantization is None
-        and not config.enable_deterministic_inference
-        and config.attention_backend in ("auto", "amx")
-        and find_spec("numba") is not None
-        and _shape_fits_tiles(directory, page_size)
-    )
-    if config.attention_backend == "amx" and not possible:
-        raise ConfigError(
-            "--attention-backend amx needs an x86 CPU with AMX, Linux, the numba package, bfloat16, a page size that "
-            "is a multiple of 16 and a Llama, Mistral, Qwen2 or Qwen3 model; leave the flag out to use what works here"
-        )
-    return possible
-
-
-def _shape_fits_tiles(directory: Path, page_size: int) -> bool:
-    # Imported here because numba and its compiler are needed for nothing else.
-    from minisgl.scheduler_proc.cpu.tiled_decoder import tiles_fit
-
-    model_config = parse_config(read_config(directory))
-    return model_config is not None and tiles_fit(model_config, page_size)
-
-
 def _cut_into_tiles(model: Model, threads: int, progress: Callable[[int, int], None]) -> TiledDecoder:
     from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
 
     assert isinstance(model, Decoder)
     return TiledDecoder(model, threads, progress)
-
-
-def _be_deterministic(config: ServerConfig, model: Model) -> bool:
-    """Whether results may not depend on the batch; raises ConfigError when that was asked for and cannot be."""
-    if not config.enable_deterministic_inference:
-        return False
-    if not isinstance(model, Decoder) or config.attention_backend != "auto":
-        raise ConfigError(
-            "--enable-deterministic-inference is for Llama, Mistral, Qwen2 and Qwen3 models and has an attention "
-            "backend of its own; leave it out, or leave out --attention-backend"
-        )
-    return True
-
-
-def _use_fused_kernels(config: ServerConfig, model: Model, device: torch.device) -> bool:
-    """Whether Triton kernels and graphs run this model; raises ConfigError when that was asked for and cannot be."""
-    possible = device.type == "cuda" and isinstance(model, Decoder) and find_spec("triton") is not None
-    if config.attention_backend == "triton" and not possible:
-        raise ConfigError(
-            "--attention-backend triton needs a CUDA device, the triton package and a Llama, Mistral, Qwen2 or Qwen3 "
-            "model; leave the flag out to use what works here"
-        )
-    return possible and config.attention_backend != "torch_sdpa"
 
 
 def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRunner:

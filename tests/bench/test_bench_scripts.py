@@ -135,6 +135,7 @@ def test_a_server_that_cannot_start_is_named_with_its_last_words(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_short_keeps_what_it_measured_and_leaves_no_server(tmp_path):
     bench = subprocess.Popen(
         [

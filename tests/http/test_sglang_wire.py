@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -302,10 +303,18 @@ def test_server_info_has_settings_and_states_but_no_secrets() -> None:
     with running(api_key="very-secret", max_queued_requests=77) as rig:
         rig.healthy()
         key = {"Authorization": "Bearer very-secret"}
-        for path in ("/server_info", "/get_server_info"):
+
+        def info_at(path: str) -> dict[str, Any]:
             connection = http.client.HTTPConnection("127.0.0.1", rig.port, timeout=30)
             connection.request("GET", path, headers=key)
-            info = json.loads(connection.getresponse().read())
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+            return answer
+
+        patience = time.monotonic() + 20
+        while not info_at("/server_info")["internal_states"] and time.monotonic() < patience:
+            time.sleep(0.02)
+        for path in ("/server_info", "/get_server_info"):
+            info = info_at(path)
             assert (info["max_queued_requests"], info["dp_size"], info["served_model_name"]) == (77, 2, "demo")
             assert info["version"]
             assert "very-secret" not in json.dumps(info)

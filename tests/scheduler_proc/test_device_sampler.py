@@ -23,6 +23,8 @@ from minisgl.scheduler_proc.request import Request, StepRow  # noqa: E402
 from minisgl.scheduler_proc.sampler import SamplingBatch, random_bits, sample, sampling_columns  # noqa: E402
 
 VOCAB_SIZE = BLOCK + 77
+INTERPRETED_LONG = [] if torch.cuda.is_available() else [pytest.mark.long]
+"""Each takes the interpreter several seconds."""
 CAPTURED = pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
 WISHES: list[dict[str, Any]] = [
     {},
@@ -108,7 +110,7 @@ def by_definition(logits: torch.Tensor, params: SamplingParams, position: int) -
 
 
 @CAPTURED
-@pytest.mark.parametrize("levels", [1, 9])
+@pytest.mark.parametrize("levels", [pytest.param(1, marks=INTERPRETED_LONG), 9])
 def test_of_equal_logits_the_first_are_kept(levels: int, captured: bool) -> None:
     """As in bfloat16, where many tokens have the same logit: ties at every border of the filters."""
     generator = torch.Generator().manual_seed(levels)
@@ -143,7 +145,9 @@ def test_the_likeliest_token_is_taken_as_the_forward_found_it() -> None:
             row.start += 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "value", [float("nan"), *(pytest.param(float(name), marks=INTERPRETED_LONG) for name in ("inf", "-inf"))]
+)
 def test_logits_that_are_not_numbers_still_give_a_token(value: float) -> None:
     fields: Sequence[dict[str, Any]] = ({}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 0.0, "presence_penalty": 1.0})
     requests = [request_of(index, one) for index, one in enumerate(fields)]

@@ -43,7 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The interpreter takes ten seconds for each; what is special about the others, test_small_kernels.py has as well.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if DEVICE.type == "cpu" and name != "qwen2" else [])
+        for name in FAMILIES
+    ],
+)
 @pytest.mark.parametrize(
     "captured", ["no graph", *(pytest.param(some, marks=pytest.mark.gpu) for some in ("few", "all"))]
 )
