@@ -45,25 +45,39 @@ def scrape(server: RealServer) -> dict[str, float]:
     return sums
 
 
-def all_tokens_told(samples: dict[str, float]) -> bool:
-    """Whether every http worker and the scheduler count the same tokens, those of the warm-up at least."""
-    return 0 < samples["sglang:generation_tokens_total"] == samples.get("minisgl:tokens_sampled_total")
+def settled(server: RealServer) -> dict[str, float]:
+    """The samples once all http workers and the scheduler count the same tokens, and every request has its outcome.
+
+    What one http worker says of another, and of the scheduler, is up to half a second old.
+    """
+    samples: dict[str, float] = {}
+
+    def agree() -> bool:
+        samples.update(scrape(server))
+        ended = sum(samples.get(f"minisgl:requests_total.{name}", 0.0) for name in OUTCOMES)
+        tokens = samples["sglang:generation_tokens_total"]
+        return 0 < tokens == samples.get("minisgl:tokens_sampled_total") and ended == requests_received(samples)
+
+    until(agree)
+    return samples
+
+
+def requests_received(samples: dict[str, float]) -> float:
+    return samples["minisgl:requests_received_total"]
 
 
 def test_the_counters_of_all_processes_agree(server: RealServer) -> None:
-    until(lambda: all_tokens_told(scrape(server)))
-    before = scrape(server)
+    before = settled(server)
     answers = [generate(server, chat("Count from 1 to 15.")).json() for _ in range(6)]
     tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
 
-    def grown(name: str) -> float:
-        return scrape(server).get(name, 0.0) - before.get(name, 0.0)
+    until(lambda: requests_received(scrape(server)) == requests_received(before) + 6)
+    after = settled(server)
 
-    # What one http worker says of another, and of the scheduler, is up to half a second old.
-    until(lambda: grown("minisgl:requests_total.ok") == 6)
-    until(lambda: all_tokens_told(scrape(server)))
-    after = scrape(server)
-    assert after["minisgl:requests_received_total"] == sum(after[f"minisgl:requests_total.{name}"] for name in OUTCOMES)
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    assert grown("minisgl:requests_total.ok") == 6
     assert grown("sglang:generation_tokens_total") == grown("minisgl:tokens_sampled_total") == tokens
     assert grown("sglang:prompt_tokens_total") == sum(answer["usage"]["prompt_tokens"] for answer in answers)
     assert grown("sglang:time_to_first_token_seconds_count") == 6
