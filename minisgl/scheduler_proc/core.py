@@ -133,7 +133,8 @@ class ReplicaCore:
         if self._ended.rids:
             batch, self._ended = self._ended, self._empty_batch()
             return batch
-        plan = self.scheduler.plan(self._pacer.prompt_tokens() if self._pacer else None)
+        scheduler = self.scheduler
+        plan = scheduler.plan(self._pacer.prompt_tokens(scheduler.waiting_for_each()) if self._pacer else None)
         if plan is not None:
             self._in_flight.append((plan, timeline.now(), self.engine.launch(plan)))
         if plan is None and not self._in_flight:

@@ -28,7 +28,7 @@ from minisgl.scheduler_proc.device import (
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
 from minisgl.scheduler_proc.models.decoder import Decoder
-from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch, to_host
+from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch, to_device, to_host
 from minisgl.scheduler_proc.models.linear import PLAIN
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
@@ -36,7 +36,7 @@ from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample,
 from minisgl.scheduler_proc.scheduler import SchedulerLimits
 
 if TYPE_CHECKING:
-    from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
+    from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, TiledForward
     from minisgl.scheduler_proc.cuda_graphs import GraphRunner
     from minisgl.scheduler_proc.models.fused_decoder import StepLogits
 
@@ -76,6 +76,7 @@ class StepEngine:
         self,
         model: Model | TiledDecoder,
         forward: Callable[[ForwardBatch], torch.Tensor],
+        tiles: TiledForward | None,
         graphs: GraphRunner | None,
         pool: KVPool,
         num_pages: int,
@@ -92,6 +93,7 @@ class StepEngine:
         self.runs_ahead = graphs is not None
         self.model = model
         self._forward = forward
+        self._tiles = tiles
         self.graphs = graphs
         self._limits = limits
         self._device = device
@@ -137,9 +139,9 @@ class StepEngine:
                 plain = partial(
                     _forward, loaded, make_attention("fixed_tiles" if deterministic else "torch_sdpa", pool)
                 )
-                forward = tiles.over(pool) if tiles is not None else plain
+                on_tiles = tiles.over(pool) if tiles is not None else None
                 graphs = _make_graphs(loaded, pool, limits) if fused else None
-                return cls(tiles or loaded, forward, graphs, pool, num_pages, limits, device, threads)
+                return cls(tiles or loaded, plain, on_tiles, graphs, pool, num_pages, limits, device, threads)
 
             deterministic = be_deterministic(config, loaded)
             fused = not deterministic and use_fused_kernels(config, loaded, device)
@@ -214,6 +216,8 @@ class StepEngine:
         with torch.inference_mode():
             if self.graphs is not None:
                 result, logprobs = self._launch_fused(plan, self.graphs)
+            elif self._tiles is not None:
+                result, logprobs = self._run_tiled(plan, self._tiles)
             else:
                 result, logprobs = self._launch_plain(plan)
             done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
@@ -227,6 +231,16 @@ class StepEngine:
         logits = self._forward(batch)
         tokens, finite = sample(logits[: len(sampling)], SamplingBatch(*tensors))
         return to_host(torch.stack((tokens, finite.long()))), score_rows(plan.rows, logits, tokens)
+
+    def _run_tiled(self, plan: StepPlan, tiles: TiledForward) -> tuple[torch.Tensor, list[PendingLogprobs]]:
+        """Compute a step on a CPU's tiles; its results as in InFlightStep."""
+        sampling = [row for row in plan.rows if row.sample]
+        if always_greedy(sampling) and not any(row.request.asks_logprobs for row in plan.rows):
+            return tiles.likeliest(plan), []
+        columns = to_device(sampling_columns(sampling, self._limits.vocab_size), self._device)
+        logits = tiles.logits(plan)
+        tokens, finite = sample(logits[: len(sampling)], SamplingBatch(*columns))
+        return torch.stack((tokens, finite.long())), score_rows(plan.rows, logits, tokens)
 
     def _launch_fused(self, plan: StepPlan, graphs: GraphRunner) -> tuple[torch.Tensor, list[PendingLogprobs]]:
         """Start a step on the fused kernels; its results as in InFlightStep."""

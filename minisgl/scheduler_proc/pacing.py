@@ -37,8 +37,13 @@ class PromptPacer:
         else:
             self._per_token += LOWERED_WEIGHT * (cost - self._per_token)
 
-    def prompt_tokens(self) -> int | None:
-        """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing."""
+    def prompt_tokens(self, waiting_for_each: float = 0.0) -> int | None:
+        """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing.
+
+        Args:
+            waiting_for_each: how many requests, for each one that decodes, could get their first token in one step. A
+                step may be so many quiet ones longer: by then, more is lost by those that wait than by those that run.
+        """
         if self._quiet is None or not self._per_token:
             return None
-        return int((STRETCH - 1) * self._quiet / self._per_token)
+        return int(max(STRETCH - 1, waiting_for_each) * self._quiet / self._per_token)

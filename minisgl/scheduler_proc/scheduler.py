@@ -101,6 +101,15 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting) + len(self._held)
 
+    def waiting_for_each(self) -> float:
+        """Requests that wait, for each that runs; 0 if their prompts are more than one step takes."""
+        tokens = 0
+        for request in self._waiting:
+            tokens += len(request.token_ids)
+            if tokens > self.limits.step_tokens:
+                return 0.0
+        return len(self._waiting) / max(len(self._running), 1)
+
     @property
     def held(self) -> int:
         """How many of the waiting ones wait for their token masks alone."""

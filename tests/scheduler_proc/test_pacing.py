@@ -62,6 +62,29 @@ def test_nothing_is_cut_before_anything_is_known() -> None:
     assert pacer.prompt_tokens() is None
 
 
+def test_a_crowd_may_hold_up_the_few_that_run_once() -> None:
+    pacer = PromptPacer()
+    for _ in range(10):
+        pacer.observe(1, 0, 0.1)
+    pacer.observe(1, 100, 0.2)
+    assert pacer.prompt_tokens() == pacer.prompt_tokens(0.5) == pacer.prompt_tokens(1.0) == 100
+    assert pacer.prompt_tokens(5.0) == 500
+
+
+def test_a_crowd_is_what_can_begin_in_one_step() -> None:
+    scheduler, _ = make_scheduler(num_pages=400, page_size=4, context_length=200, step_tokens=64)
+    assert scheduler.waiting_for_each() == 0.0
+    scheduler.submit(tokenized(1, [3] * 5, max_new_tokens=8))
+    first = scheduler.plan()
+    assert first is not None
+    scheduler.retire(first, [1])
+    for rid in range(2, 6):
+        scheduler.submit(tokenized(rid, [3] * 16, max_new_tokens=8))
+    assert scheduler.waiting_for_each() == 4.0
+    scheduler.submit(tokenized(6, [3], max_new_tokens=8))
+    assert scheduler.waiting_for_each() == 0.0
+
+
 def test_the_plan_keeps_to_it_only_beside_decodes() -> None:
     scheduler, _ = make_scheduler(num_pages=200, page_size=4, context_length=100, step_tokens=64)
     scheduler.submit(tokenized(1, [3] * 5, max_new_tokens=8))

@@ -20,10 +20,10 @@ from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention
 from minisgl.scheduler_proc.cpu.team import Team
-from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, tiles_fit
+from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, TiledForward, tiles_fit
 from minisgl.scheduler_proc.models.config import parse_config
 from minisgl.scheduler_proc.models.decoder import Decoder
-from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch
+from minisgl.scheduler_proc.models.forward_batch import make_forward_batch
 from minisgl.scheduler_proc.models.loader import load_model
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
 
@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-Forward = Callable[[ForwardBatch], torch.Tensor]
+Forward = Callable[[StepPlan], torch.Tensor]
 
 
 def load(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Decoder:
@@ -89,23 +89,35 @@ def load(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> D
     return model
 
 
-def tiled_forward(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
+def on_tiles(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> TiledForward:
     pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, torch.bfloat16, CPU)
     return TiledDecoder(model, threads, lambda done, total: None).over(pool)
+
+
+def tiled_forward(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
+    return on_tiles(model, threads, page_size).logits
 
 
 def plain_forward(model: Decoder, page_size: int = PAGE_SIZE) -> Forward:
     pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, model.weights.norm.dtype, CPU)
     attention = TorchSdpaAttention(pool)
-    return lambda batch: model.forward(batch, attention.begin_step(batch))
+
+    def forward(plan: StepPlan) -> torch.Tensor:
+        batch, _ = make_forward_batch(plan, page_size, CPU)
+        return model.forward(batch, attention.begin_step(batch))
+
+    return forward
 
 
-def run(forward: Forward, rows: list[StepRow], page_size: int = PAGE_SIZE) -> torch.Tensor:
-    """Logits of a step; its rows of one token come first."""
-    decodes = sum(row.length == 1 for row in rows)
+def plan_of(rows: list[StepRow]) -> StepPlan:
+    """Rows of one token come first."""
+    return StepPlan(1, rows, sum(row.length == 1 for row in rows))
+
+
+def run(forward: Forward, rows: list[StepRow]) -> torch.Tensor:
+    """Logits of a step."""
     with torch.inference_mode():
-        batch, _ = make_forward_batch(StepPlan(1, rows, decodes), page_size, CPU)
-        return forward(batch).float().clone()
+        return forward(plan_of(rows)).float().clone()
 
 
 def new_requests(chance: random.Random, lengths: list[int], page_size: int = PAGE_SIZE) -> list[Request]:
@@ -157,10 +169,10 @@ def test_logits_are_as_near_to_float32_as_plain_bfloat16(
     requests = new_requests(chance, [1, 17, 64, *(chance.randint(2, 400) for _ in range(3))], page_size)
     errors, plain_errors = [], []
     for rows in random_steps(chance, requests):
-        found, expected = run(tiled, rows, page_size), run(reference, rows, page_size)
+        found, expected = run(tiled, rows), run(reference, rows)
         assert found.shape == expected.shape
         errors.append((found - expected).flatten())
-        plain_errors.append((run(plain, rows, page_size) - expected).flatten())
+        plain_errors.append((run(plain, rows) - expected).flatten())
     error, plain_error = torch.cat(errors).norm(), torch.cat(plain_errors).norm()
     assert error < 1.1 * plain_error, f"error {error}, that of plain bfloat16 {plain_error}"
 
@@ -203,6 +215,41 @@ def test_what_overflows_stays_with_its_request(tmp_path: Path) -> None:
     assert not torch.isfinite(run(forward, [StepRow(bad, 0, 32, True)])[0, :7]).any()
     after = run(forward, [StepRow(good, 0, 3, True)])
     assert torch.isfinite(before[0, :7]).all() and torch.equal(before[0, :7], after[0, :7])
+
+
+@needs_tiles
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_likeliest_tokens_are_those_of_the_largest_logits(family: str, threads: int, tmp_path: Path) -> None:
+    """The first of several that are equal; vocabularies of 300 and 333 do not fill the last columns."""
+    chance = random.Random(5)
+    model = load(tmp_path, family)
+    # Every token has a twin, so that every largest logit is there twice.
+    half = len(model.weights.head) // 2
+    model.weights.head[half : 2 * half] = model.weights.head[:half]
+    forward = on_tiles(model, threads)
+    compared = 0
+    for rows in random_steps(chance, new_requests(chance, [chance.randint(1, 30) for _ in range(45)])):
+        tokens, finite = forward.likeliest(plan_of(rows))
+        logits = run(forward.logits, rows)
+        assert tokens.tolist() == [row.tolist().index(row.max()) for row in logits]
+        assert finite.tolist() == [1] * len(logits)
+        compared += len(logits)
+    assert compared > 40
+
+
+@needs_tiles
+def test_likeliest_of_logits_that_are_not_numbers(tmp_path: Path) -> None:
+    model = load(tmp_path, "llama")
+    model.weights.head[7] = float("nan")
+    forward = on_tiles(model)
+    request = new_requests(random.Random(6), [3])[0]
+    assert forward.likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist() == [[7], [0]]
+    assert forward.likeliest(plan_of([StepRow(request, 0, 2, False)])).tolist() == [[], []]
+    model = load(tmp_path, "llama")
+    model.weights.norm[:] = float("nan")
+    tokens, finite = on_tiles(model).likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist()
+    assert (tokens, finite) == ([0], [0])
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "page_size": 8}])

@@ -23,7 +23,7 @@ from minisgl.scheduler_proc.cpu.memory import (
     set_word,
 )
 from minisgl.scheduler_proc.cpu.numbers import LOG2_E, exp2, to_bfloat16
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, place_in_tiles
 
 SEGMENT = 256
 """Keys whose scores are in the first-level cache together."""
@@ -217,7 +217,10 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
             _merge(scratch.output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
     for index in range(last - first + 1):
         token, head = (first + index) // group, kv_head * group + (first + index) % group
-        target = attended + ((begin + token) * shape.heads + head) * head_dim * 2
         portion = np.float32(1.0) / get_float(scratch.totals, index)
-        for column in range(head_dim):
-            set_short(target, column, to_bfloat16(get_float(scratch.output, column * BLOCK + index) * portion))
+        for column in range(0, head_dim, DEPTH):
+            depths = shape.heads * head_dim // DEPTH
+            target = attended + place_in_tiles(begin + token, head * head_dim + column, depths)
+            for lane in range(DEPTH):
+                value = get_float(scratch.output, (column + lane) * BLOCK + index) * portion
+                set_short(target, lane, to_bfloat16(value))

@@ -102,16 +102,16 @@ class Pool(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Memory between phases; rows are filled up to a multiple of 32, since tiles read whole blocks.
+    """Memory between phases; rows are filled up to a multiple of 32. What products read lies in tiles.
 
     Attributes:
         hidden: float32 [rows, hidden], the residual stream; `last_hidden` has the sampled rows' in the last layer.
-        normed: bfloat16 [rows, hidden].
+        normed: bfloat16 [rows, hidden], in tiles.
         qkv: float32 [rows, (heads + 2 kv heads) * head_dim].
         query: bfloat16 [rows, heads * head_dim], rotated.
-        attended: bfloat16 [rows, heads * head_dim]; `last_attended` has the sampled rows' in the last layer.
-        activated: bfloat16 [rows, intermediate].
-        logits: float32 [rows, vocab].
+        attended: bfloat16 [rows, heads * head_dim], in tiles; `last_attended` has the sampled rows' in the last layer.
+        activated: bfloat16 [rows, intermediate], in tiles.
+        logits: float32 [sampled rows, vocab]; 0 if only the likeliest tokens are wanted, which are in Scratch.largest.
     """
 
     hidden: int
@@ -139,6 +139,8 @@ class Scratch(NamedTuple):
         weights: words [segment / 2, 16], the softmax's numerators, two keys' bfloat16 each.
         highest, totals, shrink: float32 [16], of the online softmax.
         output: float32 [head_dim, 16].
+        largest: [sampled rows, 2, 16], for each row the largest logits that this thread computed (float32), in sixteen
+            columns, and the tokens (int32) whose they are: the first ones if several have them.
     """
 
     sums: int
@@ -156,3 +158,4 @@ class Scratch(NamedTuple):
     totals: int
     shrink: int
     output: int
+    largest: int

@@ -11,18 +11,24 @@ import numpy as np
 from minisgl.scheduler_proc.cpu.attention import attend, block_bytes, head_bytes
 from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
 from minisgl.scheduler_proc.cpu.intrinsics import tile_configure, tile_release
-from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, get_short, set_float, set_short
+from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, get_short, set_float, set_int, set_short
 from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, silu, to_bfloat16
 from minisgl.scheduler_proc.cpu.team import take, wait_for_all
-from minisgl.scheduler_proc.cpu.tiles import AHEAD, BLOCK, DEPTH, PAIR, multiply
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, multiply, place_in_tiles
 
 PHASES_PER_LAYER = 9
 OTHER_PHASES = 4
 GROUP_BYTES = 2**20
 """Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
 
-STORE, ADD, ACTIVATE = 0, 1, 2
-"""What becomes of a product: it is stored, added to what is there, or goes through the MLP's activation."""
+TOKENS_AT_ONCE = 16
+"""Tokens of a long step that one thread rotates together: their values share cache lines in the pool."""
+LARGEST_BYTES = 2 * BLOCK * 4
+"""Of one row in Scratch.largest."""
+
+STORE, ADD, ACTIVATE, CHOOSE = 0, 1, 2, 3
+"""What becomes of a product: it is stored, added to what is there, or goes through the MLP's activation; or only the
+largest outputs of each row are kept, with the columns that they are from."""
 
 
 @compiled_to_sum
@@ -35,11 +41,14 @@ def _norm_factor(row, columns, epsilon):
 
 
 @compiled
-def _norm_row(row, columns, weight, epsilon, target):
-    """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) of one float32 row, rounded to bfloat16."""
-    factor = _norm_factor(row, columns, epsilon)
-    for column in range(columns):
-        set_short(target, column, to_bfloat16(get_float(row, column) * factor * get_float(weight, column)))
+def _norm_row(source, columns, weight, epsilon, target, row):
+    """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467) of one float32 row, rounded to bfloat16, into tiles."""
+    factor = _norm_factor(source, columns, epsilon)
+    for begin in range(0, columns, DEPTH):
+        place = target + place_in_tiles(row, begin, columns // DEPTH)
+        for lane in range(DEPTH):
+            value = get_float(source, begin + lane) * factor * get_float(weight, begin + lane)
+            set_short(place, lane, to_bfloat16(value))
 
 
 @inlined
@@ -48,8 +57,7 @@ def _norm_rows(counts, phase, shape, rows, source, weight, target):
         row = take(counts, phase)
         if row >= rows:
             return
-        at = row * shape.hidden
-        _norm_row(source + 4 * at, shape.hidden, weight, shape.epsilon, target + 2 * at)
+        _norm_row(source + 4 * row * shape.hidden, shape.hidden, weight, shape.epsilon, target, row)
 
 
 @inlined
@@ -62,7 +70,7 @@ def _embed_and_norm(counts, phase, shape, batch, weights, buffers):
         target = buffers.hidden + 4 * row * shape.hidden
         for column in range(shape.hidden):
             set_float(target, column, from_bfloat16(get_short(source, column)))
-        _norm_row(target, shape.hidden, weights.norms, shape.epsilon, buffers.normed + 2 * row * shape.hidden)
+        _norm_row(target, shape.hidden, weights.norms, shape.epsilon, buffers.normed, row)
 
 
 @compiled
@@ -72,7 +80,8 @@ def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
     Args:
         columns: that exist of the 32.
         bias: address of the first column's, or 0; `up_bias` the same for the second 16 columns if they are ACTIVATEd.
-        target: address of the first element; rows are `stride` elements apart.
+        target: address of the first element; rows are `stride` elements apart. With ACTIVATE it lies in tiles, and
+            blocks of 16 rows are `stride` bytes apart.
     """
     for row in range(rows):
         source = sums + row * PAIR * 4
@@ -90,7 +99,24 @@ def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
             for column in range(BLOCK):
                 gate = get_float(source, column) + get_float(bias, column)
                 up = get_float(source, BLOCK + column) + get_float(up_bias, column)
-                set_short(target, row * stride + column, to_bfloat16(silu(gate) * up))
+                place = target + row // BLOCK * stride + row % BLOCK * 64
+                set_short(place, column, to_bfloat16(silu(gate) * up))
+
+
+@compiled
+def _keep_largest(sums, rows, columns, first_column, largest):
+    """Compare a product's sums [rows, 32], of which so many columns exist, with Scratch.largest. NaN is the largest."""
+    for row in range(rows):
+        best = largest + row * LARGEST_BYTES
+        for half in range(2):
+            source = sums + (row * PAIR + half * BLOCK) * 4
+            for lane in range(BLOCK):
+                value, known = get_float(source, lane), get_float(best, lane)
+                value = value if value == value else np.float32(np.inf)
+                larger = value > known and half * BLOCK + lane < columns
+                set_float(best, lane, value if larger else known)
+                column = np.int32(first_column + half * BLOCK + lane)
+                set_int(best, BLOCK + lane, column if larger else get_int(best, BLOCK + lane))
 
 
 @inlined
@@ -99,18 +125,22 @@ def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, b
 
     Args:
         kind: what becomes of the outputs.
-        source: bfloat16 [rows, depths * 32].
+        source: bfloat16 [rows, depths * 32], in tiles.
         columns: of the output, as it is stored.
         bias: float32 [columns] (with ACTIVATE gate's, then up's), or 0 for none.
-        target: float32 [rows, columns], with ACTIVATE bfloat16.
+        target: float32 [rows, columns]; with ACTIVATE bfloat16, in tiles; with CHOOSE this thread's Scratch.largest.
         rest_shapes: tile shapes for the rows beyond the last 32.
     """
-    row_bytes = depths * DEPTH * 2
     width = BLOCK if kind == ACTIVATE else PAIR
     pairs = (columns + width - 1) // width
-    group = max(GROUP_BYTES // (row_bytes * PAIR), 1) * PAIR
+    group = max(GROUP_BYTES // (depths * DEPTH * 2 * PAIR), 1) * PAIR
     groups = (rows + group - 1) // group
     configured = 0
+    if kind == CHOOSE:
+        for row in range(rows):
+            for lane in range(BLOCK):
+                set_float(target, row * 2 * BLOCK + lane, np.float32(-np.inf))
+                set_int(target, row * 2 * BLOCK + BLOCK + lane, np.int32(0))
     while True:
         item = take(counts, phase)
         if item >= pairs * groups:
@@ -127,10 +157,15 @@ def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, b
             if shapes != configured:
                 tile_configure(shapes)
                 configured = shapes
-            ahead = AHEAD if row == begin else 0
-            multiply(weight, first, second, depths, source + row * row_bytes, row_bytes, count, ahead, scratch.sums)
-            place = target + (row * columns + column) * (2 if kind == ACTIVATE else 4)
-            _use_sums(kind, scratch.sums, count, here, gate_bias, gate_bias + 4 * columns, place, columns)
+            multiply(weight, first, second, depths, source + place_in_tiles(row, 0, depths), count, scratch.sums)
+            if kind == CHOOSE:
+                _keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
+            else:
+                place, stride = target + (row * columns + column) * 4, columns
+                if kind == ACTIVATE:
+                    place = target + place_in_tiles(row, column, columns // DEPTH)
+                    stride = columns // DEPTH * TILE_BYTES
+                _use_sums(kind, scratch.sums, count, here, gate_bias, gate_bias + 4 * columns, place, stride)
 
 
 @compiled
@@ -152,33 +187,40 @@ def _scale_head(head, columns, weight, epsilon):
 @inlined
 def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers):
     """Norm and rotate each token's query and key heads; store queries for attention, keys and values in the pool."""
+    at_once = TOKENS_AT_ONCE if batch.tokens > 8 * TOKENS_AT_ONCE else 1
+    while True:
+        begin = take(counts, phase) * at_once
+        if begin >= batch.tokens:
+            return
+        for token in range(begin, min(begin + at_once, batch.tokens)):
+            _rotate_token(shape, layer, batch, weights, pool, buffers, token)
+
+
+@inlined
+def _rotate_token(shape, layer, batch, weights, pool, buffers, token):
     heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
     head_dim = 2 * half
-    while True:
-        token = take(counts, phase)
-        if token >= batch.tokens:
-            return
-        slot = get_long(batch.slots, token)
-        block = pool + slot // BLOCK * block_bytes(shape)
-        place = slot % BLOCK
-        cos, sin = batch.cos + 4 * token * half, batch.sin + 4 * token * half
-        for number in range(heads + 2 * kv_heads):
-            head = buffers.qkv + 4 * (token * (heads + 2 * kv_heads) + number) * head_dim
-            if number < heads + kv_heads:
-                if shape.has_head_norms:
-                    norm = weights.head_norms + 4 * (layer * (heads + kv_heads) + number) * head_dim
-                    _scale_head(head, head_dim, norm, shape.epsilon)
-                _rotate(head, half, cos, sin)
-            if number < heads:
-                target, step = buffers.query + 2 * (token * heads + number) * head_dim, 1
-            elif number < heads + kv_heads:
-                target, step = block + (number - heads) * 2 * head_bytes(shape) + 2 * place * head_dim, 1
-            else:
-                values = ((number - heads - kv_heads) * 2 + 1) * head_bytes(shape)
-                target, step = block + values + 2 * place, BLOCK
-            # What overflows must not stay in pages that another request gets: zero times NaN is NaN.
-            for column in range(head_dim):
-                set_short(target, column * step, finite_or_zero(to_bfloat16(get_float(head, column))))
+    slot = get_long(batch.slots, token)
+    block = pool + slot // BLOCK * block_bytes(shape)
+    place = slot % BLOCK
+    cos, sin = batch.cos + 4 * token * half, batch.sin + 4 * token * half
+    for number in range(heads + 2 * kv_heads):
+        head = buffers.qkv + 4 * (token * (heads + 2 * kv_heads) + number) * head_dim
+        if number < heads + kv_heads:
+            if shape.has_head_norms:
+                norm = weights.head_norms + 4 * (layer * (heads + kv_heads) + number) * head_dim
+                _scale_head(head, head_dim, norm, shape.epsilon)
+            _rotate(head, half, cos, sin)
+        if number < heads:
+            target, step = buffers.query + 2 * (token * heads + number) * head_dim, 1
+        elif number < heads + kv_heads:
+            target, step = block + (number - heads) * 2 * head_bytes(shape) + 2 * place * head_dim, 1
+        else:
+            values = ((number - heads - kv_heads) * 2 + 1) * head_bytes(shape)
+            target, step = block + values + 2 * place, BLOCK
+        # What overflows must not stay in pages that another request gets: zero times NaN is NaN.
+        for column in range(head_dim):
+            set_short(target, column * step, finite_or_zero(to_bfloat16(get_float(head, column))))
 
 
 @inlined
@@ -205,14 +247,16 @@ def _gather_sampled(counts, phase, shape, batch, buffers):
         for column in range(shape.hidden):
             value = get_float(buffers.hidden, token * shape.hidden + column)
             set_float(buffers.last_hidden, row * shape.hidden + column, value)
-        for column in range(width):
-            bits = get_short(buffers.attended, token * width + column)
-            set_short(buffers.last_attended, row * width + column, bits)
+        for column in range(0, width, DEPTH):
+            source = buffers.attended + place_in_tiles(token, column, width // DEPTH)
+            target = buffers.last_attended + place_in_tiles(row, column, width // DEPTH)
+            for lane in range(DEPTH):
+                set_short(target, lane, get_short(source, lane))
 
 
 @compiled
 def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
-    """One thread's share of a step; buffers.logits has the sampled tokens' logits when all have returned.
+    """One thread's share of a step; buffers.logits or Scratch.largest is what it leads to, when all have returned.
 
     Args:
         counts: address of zeroed counters for all phases.
@@ -232,6 +276,8 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
         bias, matrix = weights.qkv_bias + 4 * layer * qkv_width, weights.head
         if layer == shape.layers:
             columns, bias, target = shape.vocab, 0, buffers.logits
+            if target == 0:
+                kind, target = CHOOSE, scratch.largest
         else:
             matrix = get_long(weights.matrices, product)
         if number == 1:

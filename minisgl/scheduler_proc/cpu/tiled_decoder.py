@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.attention import SEGMENT, SHAPES
-from minisgl.scheduler_proc.cpu.memory import Batch, Buffers, Pool, Scratch, Shape, Weights
+from minisgl.scheduler_proc.cpu.memory import Buffers, Pool, Scratch, Shape, Weights
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
+from minisgl.scheduler_proc.cpu.step_batch import Keeper, make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack, permitted, shapes_of_rows
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder, DecoderWeights
-from minisgl.scheduler_proc.models.forward_batch import ForwardBatch
+from minisgl.scheduler_proc.request import StepPlan, scored_positions
 
 KEPT_LOGITS = 256
 """Rows of logits up to which their memory is kept for the next step."""
@@ -27,20 +26,6 @@ def tiles_fit(config: ModelConfig, page_size: int) -> bool:
     """Whether a model's matrices and pages can be cut into whole tiles, and this machine has tiles."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
     return all(size % DEPTH == 0 for size in sizes) and page_size % BLOCK == 0 and permitted()
-
-
-class Keeper:
-    """Holds what has been given to compiled code as an address."""
-
-    def __init__(self) -> None:
-        self._held: list[Any] = []
-
-    def address(self, value: npt.NDArray[Any] | torch.Tensor) -> int:
-        """The address of a contiguous array's or tensor's first element, which stays valid while this lives."""
-        self._held.append(value)
-        if isinstance(value, torch.Tensor):
-            return value.data_ptr()
-        return int(value.ctypes.data)
 
 
 class TiledDecoder:
@@ -53,6 +38,7 @@ class TiledDecoder:
     def __init__(self, decoder: Decoder, threads: int, progress: Callable[[int, int], None]) -> None:
         config = decoder.config
         self._config = config
+        self.vocab_size = config.vocab_size
         self._rope = decoder.rope
         self.kv_shapes = decoder.kv_shapes
         self.weight_bytes = 0
@@ -75,37 +61,36 @@ class TiledDecoder:
         self._rest_shapes, self._sampled_shapes = shapes_of_rows(PAIR), shapes_of_rows(PAIR)
         self._scratch = [self._make_scratch() for _ in range(threads)]
         self._rows = self._sampled_rows = 0
-        self._kept_logits = torch.empty((0, config.vocab_size))
 
-    def over(self, pool: KVPool) -> Callable[[ForwardBatch], torch.Tensor]:
-        """The forward over this pool, in whose memory nothing else may read or write keys and values."""
+    def over(self, pool: KVPool) -> TiledForward:
+        """This decoder on a pool, in whose memory nothing else may read or write keys and values."""
+        return TiledForward(self, pool)
+
+    def run(self, plan: StepPlan, pool: Pool, logits: torch.Tensor | None) -> int:
+        """Compute a step; how many rows have logits, which come into `logits` or are compared for `largest`."""
         keeper = Keeper()
-        addresses = np.array([keeper.address(layer) for layer in pool.layers], np.int64)
-        view = Pool(keeper.address(addresses), pool.page_size)
-
-        def forward(batch: ForwardBatch) -> torch.Tensor:
-            return self._forward(batch, view, keeper)
-
-        return forward
-
-    def _forward(self, batch: ForwardBatch, pool: Pool, _pool_keeper: Keeper) -> torch.Tensor:
-        """Logits float32 [rows that sample, vocab]; valid until the next call."""
-        sampled = len(batch.sampled)
-        keeper = Keeper()
-        parts = self._batch(batch, keeper)
-        self._reserve(parts.tokens, sampled)
-        self._rest_shapes[:] = shapes_of_rows(parts.tokens % PAIR or PAIR)
+        batch = make_batch(plan, pool.page_size, self._shape.group, self._rope, keeper)
+        sampled = batch.sampled_tokens
+        self._reserve(batch.tokens, sampled)
+        self._rest_shapes[:] = shapes_of_rows(batch.tokens % PAIR or PAIR)
         self._sampled_shapes[:] = shapes_of_rows(sampled % PAIR or PAIR)
         self._counts.fill(0)
-        logits = self._logits(sampled)
-        buffers = self._buffers._replace(logits=logits.data_ptr())
+        buffers = self._buffers._replace(logits=0 if logits is None else logits.data_ptr())
         counts, threads = self._counts.ctypes.data, self._team.threads
 
         def share(thread: int) -> None:
-            run_step(counts, threads, self._shape, self._weights, parts, pool, buffers, self._scratch[thread])
+            run_step(counts, threads, self._shape, self._weights, batch, pool, buffers, self._scratch[thread])
 
         self._team.run(share)
-        return logits
+        return sampled
+
+    def largest(self, rows: int) -> torch.Tensor:
+        """int64 [2, rows]: the column of each row's first largest logit in the last step, and whether it was finite."""
+        values = self._largest[:, :rows, 0]
+        best = values.max(axis=(0, 2))
+        columns = self._largest.view(np.int32)[:, :rows, 1]
+        first = np.where(values == best[None, :, None], columns, np.iinfo(np.int32).max).min(axis=(0, 2))
+        return torch.from_numpy(np.stack((first, np.isfinite(best))).astype(np.int64))
 
     def _pack(self, config: ModelConfig, weights: DecoderWeights, progress: Callable[[int, int], None]) -> Weights:
         packed: list[list[int]] = []
@@ -146,35 +131,6 @@ class TiledDecoder:
         filled = [torch.zeros(zeros) if tensor is None else tensor.float().flatten() for tensor in tensors]
         return self._keeper.address(torch.cat(filled))
 
-    def _batch(self, batch: ForwardBatch, keeper: Keeper) -> Batch:
-        decodes, chunks = len(batch.host_decode_lengths), batch.prefill
-        angles = batch.positions[:, None].float() * self._rope.inverse_frequencies
-        counts = np.array([1] * decodes + [chunk.end - chunk.begin for chunk in chunks], np.int32)
-        pages = [*batch.decode_pages, *(chunk.pages for chunk in chunks)]
-        page_begins = np.cumsum([0, *(len(ids) for ids in pages)], dtype=np.int32)
-        in_tiles = -(-counts * self._shape.group // BLOCK)
-        first_tiles = np.cumsum(in_tiles) - in_tiles
-        starts = [length - 1 for length in batch.host_decode_lengths] + [chunk.start for chunk in chunks]
-        tile_parts = np.repeat(np.arange(len(counts), dtype=np.int32), in_tiles)
-        tile_numbers = (np.arange(len(tile_parts)) - np.repeat(first_tiles, in_tiles)).astype(np.int32)
-        return Batch(
-            tokens=len(batch.input_ids),
-            sampled_tokens=len(batch.sampled),
-            tiles=len(tile_parts),
-            input_ids=keeper.address(batch.input_ids),
-            slots=keeper.address(batch.slots),
-            cos=keeper.address(torch.cos(angles).mul_(self._rope.scaling)),
-            sin=keeper.address(torch.sin(angles).mul_(self._rope.scaling)),
-            sampled=keeper.address(batch.sampled),
-            begins=keeper.address(np.array([*range(decodes), *(chunk.begin for chunk in chunks)], np.int32)),
-            starts=keeper.address(np.array(starts, np.int32)),
-            counts=keeper.address(counts),
-            page_begins=keeper.address(page_begins),
-            pages=keeper.address(torch.cat(pages)),
-            tile_parts=keeper.address(tile_parts),
-            tile_numbers=keeper.address(tile_numbers),
-        )
-
     def _reserve(self, tokens: int, sampled: int) -> None:
         """Make room for a step."""
         if tokens > self._rows or sampled > self._sampled_rows:
@@ -182,13 +138,11 @@ class TiledDecoder:
             self._sampled_rows = _up(max(sampled, self._sampled_rows), PAIR)
             self._buffer_keeper = Keeper()
             self._buffers = self._make_buffers(self._rows, self._sampled_rows)
-
-    def _logits(self, rows: int) -> torch.Tensor:
-        if rows > KEPT_LOGITS:
-            return torch.empty((rows, self._config.vocab_size))
-        if rows > len(self._kept_logits):
-            self._kept_logits = torch.empty((_up(rows, BLOCK), self._config.vocab_size))
-        return self._kept_logits[:rows]
+            self._largest = np.zeros((self._team.threads, self._sampled_rows, 2, BLOCK), np.float32)
+            self._scratch = [
+                scratch._replace(largest=self._buffer_keeper.address(mine))
+                for scratch, mine in zip(self._scratch, self._largest, strict=True)
+            ]
 
     def _make_buffers(self, rows: int, sampled: int) -> Buffers:
         config = self._config
@@ -232,7 +186,35 @@ class TiledDecoder:
             totals=room(BLOCK, np.float32),
             shrink=room(BLOCK, np.float32),
             output=room(head_dim * BLOCK, np.float32),
+            largest=0,
         )
+
+
+class TiledForward:
+    """A TiledDecoder over one KV pool."""
+
+    def __init__(self, decoder: TiledDecoder, pool: KVPool) -> None:
+        self._decoder = decoder
+        self._keeper = Keeper()
+        addresses = np.array([self._keeper.address(layer) for layer in pool.layers], np.int64)
+        self._pool = Pool(self._keeper.address(addresses), pool.page_size)
+        self._kept_logits = torch.empty((0, decoder.vocab_size))
+
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Compute a step; logits float32 [rows that sample + scored positions, vocab], valid until the next call."""
+        rows = sum(row.sample + len(scored_positions(row)) for row in plan.rows)
+        if rows > KEPT_LOGITS:
+            logits = torch.empty((rows, self._decoder.vocab_size))
+        else:
+            if rows > len(self._kept_logits):
+                self._kept_logits = torch.empty((_up(rows, BLOCK), self._decoder.vocab_size))
+            logits = self._kept_logits[:rows]
+        self._decoder.run(plan, self._pool, logits)
+        return logits
+
+    def likeliest(self, plan: StepPlan) -> torch.Tensor:
+        """Compute a step without writing logits; int64 [2, rows that sample]: tokens, and whether they were finite."""
+        return self._decoder.largest(self._decoder.run(plan, self._pool, None))
 
 
 def _up(count: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""Matrix products on tiles: [rows, in] times a packed weight, 32 output columns at a time."""
+"""Matrix products on tiles: rows that lie in tiles times a packed weight, 32 output columns at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.scheduler_proc.cpu.compiler import compiled
+from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
 from minisgl.scheduler_proc.cpu.intrinsics import (
     prefetch,
     tile_load,
@@ -22,9 +22,10 @@ DEPTH = 32
 """Input columns that one tile instruction sums over."""
 PAIR = 2 * BLOCK
 """Rows and columns of the output that a thread has in its tiles at a time."""
-_TILE_BYTES = 1024
-AHEAD = 4096
-"""Bytes of a weight that are asked for ahead of their use; found by trying 2,048 to 16,384 (all alike)."""
+TILE_BYTES = 1024
+"""Of 16 rows by 32 bfloat16 columns."""
+AHEAD = 2048
+"""Bytes of a weight that are asked for ahead of their use, from memory or from the second-level cache."""
 
 zero_0, zero_1, zero_2, zero_3 = tile_zero(0), tile_zero(1), tile_zero(2), tile_zero(3)
 load_4, load_5, load_6, load_7 = tile_load(4), tile_load(5), tile_load(6), tile_load(7)
@@ -50,49 +51,44 @@ def shapes_of_rows(rows: int) -> np.ndarray:
     return tile_shapes({tile: (count, 64) for tile, count in enumerate(row_counts)})
 
 
+@inlined
+def place_in_tiles(row, column, depths):
+    """Bytes to an element of rows that lie in tiles: bfloat16 [rows / 16, depths, 16, 32], depths = columns / 32."""
+    return (row // BLOCK * depths + column // DEPTH) * TILE_BYTES + row % BLOCK * 64 + column % DEPTH * 2
+
+
 @compiled
-def multiply(weight, first, second, depths, rows, row_bytes, count, ahead, sums):
+def multiply(weight, first, second, depths, rows, count, sums):
     """Products of up to 32 rows with two blocks of a packed weight.
 
     Args:
         weight: address of the packed weight; `first` and `second` number its blocks.
         depths: input columns / 32.
-        rows: address of the rows, bfloat16, `row_bytes` apart; the tiles must have the shape of `count` of them.
-        ahead: bytes of the weight to ask for ahead of their use, or 0 where it is in a cache.
+        rows: address of the first row, in tiles; the tiles' shapes must be those of `count` rows.
         sums: address of float32 [32, 32], which gets the first block's outputs in columns 0 to 15, then the second's.
     """
-    one, other = weight + first * depths * _TILE_BYTES, weight + second * depths * _TILE_BYTES
+    one, other = weight + first * depths * TILE_BYTES, weight + second * depths * TILE_BYTES
+    both = count > BLOCK
     zero_0()
     zero_1()
-    if count <= BLOCK:
-        for depth in range(depths):
-            here = depth * _TILE_BYTES
-            if ahead:
-                for line in range(0, _TILE_BYTES, 64):
-                    prefetch(one + here + ahead + line)
-                    prefetch(other + here + ahead + line)
-            load_4(rows + depth * 64, row_bytes)
-            load_6(one + here, 64)
-            multiply_046()
-            load_7(other + here, 64)
-            multiply_147()
-    else:
+    if both:
         zero_2()
         zero_3()
-        for depth in range(depths):
-            here = depth * _TILE_BYTES
-            if ahead:
-                for line in range(0, _TILE_BYTES, 64):
-                    prefetch(one + here + ahead + line)
-                    prefetch(other + here + ahead + line)
-            load_4(rows + depth * 64, row_bytes)
-            load_6(one + here, 64)
-            multiply_046()
-            load_7(other + here, 64)
-            multiply_147()
-            load_5(rows + BLOCK * row_bytes + depth * 64, row_bytes)
+    for depth in range(depths):
+        here = depth * TILE_BYTES
+        for line in range(0, TILE_BYTES, 64):
+            prefetch(one + here + AHEAD + line)
+            prefetch(other + here + AHEAD + line)
+        load_4(rows + here, 64)
+        load_6(one + here, 64)
+        multiply_046()
+        load_7(other + here, 64)
+        multiply_147()
+        if both:
+            load_5(rows + depths * TILE_BYTES + here, 64)
             multiply_256()
             multiply_357()
+    if both:
         store_2(sums + BLOCK * PAIR * 4, PAIR * 4)
         store_3(sums + BLOCK * PAIR * 4 + BLOCK * 4, PAIR * 4)
     store_0(sums, PAIR * 4)
