@@ -20,7 +20,10 @@ get_long, set_long = loader(types.int64), storer(types.int64)
 
 
 class Shape(NamedTuple):
-    """The model's sizes; `half` is head_dim / 2, `group` the query heads that share a key head."""
+    """The model's sizes; `half` is head_dim / 2, `group` the query heads that share a key head.
+
+    `rope_scaling` multiplies sines and cosines.
+    """
 
     layers: int
     hidden: int
@@ -31,6 +34,7 @@ class Shape(NamedTuple):
     intermediate: int
     vocab: int
     epsilon: float
+    rope_scaling: float
     has_head_norms: bool
 
 
@@ -48,6 +52,7 @@ class Weights(NamedTuple):
         output_bias, down_bias: [layers, hidden].
         gate_up_bias: [layers, 2 * intermediate].
         windows: int32 [layers], positions that a query sees, its own included.
+        frequencies: [half], by which rotary angles grow from one position to the next.
     """
 
     embedding: int
@@ -61,16 +66,16 @@ class Weights(NamedTuple):
     gate_up_bias: int
     down_bias: int
     windows: int
+    frequencies: int
 
 
 class Batch(NamedTuple):
-    """A step's tokens, and the parts that they belong to: a decode row, or a chunk of a prompt. int32 unless said.
+    """A step's tokens, and the parts that they belong to: a decode row, or a chunk of a prompt. Addresses are of int32.
 
     Attributes:
         tokens, sampled_tokens, tiles: how many there are.
         input_ids: [tokens].
-        slots: int64 [tokens], where keys and values go.
-        cos, sin: float32 [tokens, half].
+        token_parts: [tokens], the part that each belongs to.
         sampled: [sampled tokens], those that get logits.
         begins, starts, counts: [parts], a part's first token, that token's position, and how many there are.
         page_begins: [parts], where a part's page ids begin in `pages`.
@@ -81,9 +86,7 @@ class Batch(NamedTuple):
     sampled_tokens: int
     tiles: int
     input_ids: int
-    slots: int
-    cos: int
-    sin: int
+    token_parts: int
     sampled: int
     begins: int
     starts: int
@@ -105,15 +108,24 @@ class Buffers(NamedTuple):
     """Memory between phases; rows are filled up to a multiple of 32. What products read lies in tiles.
 
     Attributes:
+        slots: int64 [rows], where keys and values go.
+        cos, sin: float32 [rows, half].
         hidden: float32 [rows, hidden], the residual stream; `last_hidden` has the sampled rows' in the last layer.
         normed: bfloat16 [rows, hidden], in tiles.
         qkv: float32 [rows, (heads + 2 kv heads) * head_dim].
         query: bfloat16 [rows, heads * head_dim], rotated.
         attended: bfloat16 [rows, heads * head_dim], in tiles; `last_attended` has the sampled rows' in the last layer.
         activated: bfloat16 [rows, intermediate], in tiles.
-        logits: float32 [sampled rows, vocab]; 0 if only the likeliest tokens are wanted, which are in Scratch.largest.
+        logits: float32 [sampled rows, vocab]; 0 if only the likeliest tokens are wanted.
+        largest: [threads, sampled rows, 2, 16], for each row the largest logits that a thread computed (float32), in
+            sixteen columns, and the tokens (int32) whose they are: the first ones if several have them.
+        largest_bytes: of one thread.
+        likeliest: int64 [2, sampled rows], tokens, and whether their logits are finite.
     """
 
+    slots: int
+    cos: int
+    sin: int
     hidden: int
     normed: int
     qkv: int
@@ -123,15 +135,18 @@ class Buffers(NamedTuple):
     last_hidden: int
     last_attended: int
     logits: int
+    largest: int
+    largest_bytes: int
+    likeliest: int
 
 
 class Scratch(NamedTuple):
     """One thread's own memory.
 
     Attributes:
+        thread: its number.
         sums: float32 [32, 32], a product's outputs as they leave the tiles.
-        whole_shapes, rest_shapes, sampled_shapes, attention_shapes: tile shapes for 32 rows, for the rows beyond the
-            step's last 32, the same for its sampled rows, and for attention.
+        shapes: tile shapes for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
         query_tile: words [half, 16], two bfloat16 each: a tile of queries.
         lows, limits: int32 [16], which keys its queries see.
         blocks: int64, addresses of the keys of a segment's blocks.
@@ -139,14 +154,11 @@ class Scratch(NamedTuple):
         weights: words [segment / 2, 16], the softmax's numerators, two keys' bfloat16 each.
         highest, totals, shrink: float32 [16], of the online softmax.
         output: float32 [head_dim, 16].
-        largest: [sampled rows, 2, 16], for each row the largest logits that this thread computed (float32), in sixteen
-            columns, and the tokens (int32) whose they are: the first ones if several have them.
     """
 
+    thread: int
     sums: int
-    whole_shapes: int
-    rest_shapes: int
-    sampled_shapes: int
+    shapes: int
     attention_shapes: int
     query_tile: int
     lows: int
@@ -158,4 +170,3 @@ class Scratch(NamedTuple):
     totals: int
     shrink: int
     output: int
-    largest: int

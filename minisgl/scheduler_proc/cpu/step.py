@@ -6,18 +6,29 @@ until none is left, then wait for each other. Between the tiles everything is fl
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.attention import attend, block_bytes, head_bytes
 from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
 from minisgl.scheduler_proc.cpu.intrinsics import tile_configure, tile_release
-from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, get_short, set_float, set_int, set_short
+from minisgl.scheduler_proc.cpu.memory import (
+    get_float,
+    get_int,
+    get_long,
+    get_short,
+    set_float,
+    set_int,
+    set_long,
+    set_short,
+)
 from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, silu, to_bfloat16
 from minisgl.scheduler_proc.cpu.team import take, wait_for_all
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, multiply, place_in_tiles
 
 PHASES_PER_LAYER = 9
-OTHER_PHASES = 4
+OTHER_PHASES = 5
 GROUP_BYTES = 2**20
 """Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
 
@@ -61,16 +72,30 @@ def _norm_rows(counts, phase, shape, rows, source, weight, target):
 
 
 @inlined
-def _embed_and_norm(counts, phase, shape, batch, weights, buffers):
+def _embed_and_norm(counts, phase, shape, batch, weights, pool, buffers):
     while True:
         row = take(counts, phase)
         if row >= batch.tokens:
             return
+        _place(shape, batch, weights, pool, buffers, row)
         source = weights.embedding + 2 * get_int(batch.input_ids, row) * shape.hidden
         target = buffers.hidden + 4 * row * shape.hidden
         for column in range(shape.hidden):
             set_float(target, column, from_bfloat16(get_short(source, column)))
         _norm_row(target, shape.hidden, weights.norms, shape.epsilon, buffers.normed, row)
+
+
+@inlined
+def _place(shape, batch, weights, pool, buffers, row):
+    """Where a token's keys and values go, and by which angles they are rotated."""
+    part = get_int(batch.token_parts, row)
+    position = get_int(batch.starts, part) + row - get_int(batch.begins, part)
+    page = get_int(batch.pages, get_int(batch.page_begins, part) + position // pool.page_size)
+    set_long(buffers.slots, row, page * pool.page_size + position % pool.page_size)
+    for column in range(shape.half):
+        angle = np.float32(position) * get_float(weights.frequencies, column)
+        set_float(buffers.cos, row * shape.half + column, np.float32(math.cos(angle) * shape.rope_scaling))
+        set_float(buffers.sin, row * shape.half + column, np.float32(math.sin(angle) * shape.rope_scaling))
 
 
 @compiled
@@ -105,7 +130,7 @@ def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
 
 @compiled
 def _keep_largest(sums, rows, columns, first_column, largest):
-    """Compare a product's sums [rows, 32], of which so many columns exist, with Scratch.largest. NaN is the largest."""
+    """Compare a product's sums [rows, 32], of which so many columns exist, with Buffers.largest. NaN is the largest."""
     for row in range(rows):
         best = largest + row * LARGEST_BYTES
         for half in range(2):
@@ -120,7 +145,25 @@ def _keep_largest(sums, rows, columns, first_column, largest):
 
 
 @inlined
-def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch, rest_shapes):
+def _choose_tokens(counts, phase, threads, batch, buffers):
+    """Put together what all threads' columns have: the first of each row's largest logits."""
+    while True:
+        row = take(counts, phase)
+        if row >= batch.sampled_tokens:
+            return
+        largest, token = np.float32(-np.inf), np.int32(0)
+        for thread in range(threads):
+            best = buffers.largest + thread * buffers.largest_bytes + row * LARGEST_BYTES
+            for lane in range(BLOCK):
+                value, column = get_float(best, lane), get_int(best, BLOCK + lane)
+                if value > largest or (value == largest and column < token):
+                    largest, token = value, column
+        set_long(buffers.likeliest, row, token)
+        set_long(buffers.likeliest, batch.sampled_tokens + row, 1 if math.isfinite(largest) else 0)
+
+
+@inlined
+def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch):
     """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
 
     Args:
@@ -128,8 +171,7 @@ def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, b
         source: bfloat16 [rows, depths * 32], in tiles.
         columns: of the output, as it is stored.
         bias: float32 [columns] (with ACTIVATE gate's, then up's), or 0 for none.
-        target: float32 [rows, columns]; with ACTIVATE bfloat16, in tiles; with CHOOSE this thread's Scratch.largest.
-        rest_shapes: tile shapes for the rows beyond the last 32.
+        target: float32 [rows, columns]; with ACTIVATE bfloat16, in tiles; with CHOOSE this thread's Buffers.largest.
     """
     width = BLOCK if kind == ACTIVATE else PAIR
     pairs = (columns + width - 1) // width
@@ -153,10 +195,9 @@ def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, b
         gate_bias = bias + 4 * column if bias else 0
         for row in range(begin, min(begin + group, rows), PAIR):
             count = min(PAIR, rows - row)
-            shapes = scratch.whole_shapes if count == PAIR else rest_shapes
-            if shapes != configured:
-                tile_configure(shapes)
-                configured = shapes
+            if count != configured:
+                tile_configure(scratch.shapes + 64 * count)
+                configured = count
             multiply(weight, first, second, depths, source + place_in_tiles(row, 0, depths), count, scratch.sums)
             if kind == CHOOSE:
                 _keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
@@ -200,10 +241,10 @@ def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers
 def _rotate_token(shape, layer, batch, weights, pool, buffers, token):
     heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
     head_dim = 2 * half
-    slot = get_long(batch.slots, token)
+    slot = get_long(buffers.slots, token)
     block = pool + slot // BLOCK * block_bytes(shape)
     place = slot % BLOCK
-    cos, sin = batch.cos + 4 * token * half, batch.sin + 4 * token * half
+    cos, sin = buffers.cos + 4 * token * half, buffers.sin + 4 * token * half
     for number in range(heads + 2 * kv_heads):
         head = buffers.qkv + 4 * (token * (heads + 2 * kv_heads) + number) * head_dim
         if number < heads + kv_heads:
@@ -256,7 +297,7 @@ def _gather_sampled(counts, phase, shape, batch, buffers):
 
 @compiled
 def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
-    """One thread's share of a step; buffers.logits or Scratch.largest is what it leads to, when all have returned.
+    """One thread's share of a step; Buffers.logits or Buffers.likeliest is what it leads to, when all have returned.
 
     Args:
         counts: address of zeroed counters for all phases.
@@ -266,8 +307,8 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
     phase = 0
     width = shape.heads * 2 * shape.half
     qkv_width = (shape.heads + 2 * shape.kv_heads) * 2 * shape.half
-    hidden, attended, rows, rest = buffers.hidden, buffers.attended, batch.tokens, scratch.rest_shapes
-    _embed_and_norm(counts, phase, shape, batch, weights, buffers)
+    hidden, attended, rows = buffers.hidden, buffers.attended, batch.tokens
+    _embed_and_norm(counts, phase, shape, batch, weights, pool, buffers)
     phase = wait_for_all(counts, threads, phase)
     # The head is one product more, after the last layer.
     for product in range(4 * shape.layers + 1):
@@ -277,7 +318,7 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
         if layer == shape.layers:
             columns, bias, target = shape.vocab, 0, buffers.logits
             if target == 0:
-                kind, target = CHOOSE, scratch.largest
+                kind, target = CHOOSE, buffers.largest + scratch.thread * buffers.largest_bytes
         else:
             matrix = get_long(weights.matrices, product)
         if number == 1:
@@ -301,7 +342,7 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
                 _gather_sampled(counts, phase, shape, batch, buffers)
                 phase = wait_for_all(counts, threads, phase)
                 hidden, attended = buffers.last_hidden, buffers.last_attended
-                rows, rest = batch.sampled_tokens, scratch.sampled_shapes
+                rows = batch.sampled_tokens
             kind, source, depths, columns, target = ADD, attended, width // DEPTH, shape.hidden, hidden
             bias = weights.output_bias + 4 * layer * shape.hidden
         elif number == 2:
@@ -311,7 +352,7 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             kind, source, depths = ADD, buffers.activated, shape.intermediate // DEPTH
             columns, target = shape.hidden, hidden
             bias = weights.down_bias + 4 * layer * shape.hidden
-        _multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch, rest)
+        _multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch)
         phase = wait_for_all(counts, threads, phase)
         if kind == ADD:
             following = 2 * layer + (1 if number == 1 else 2)
@@ -320,4 +361,6 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
                 norm = weights.last_norm
             _norm_rows(counts, phase, shape, rows, hidden, norm, buffers.normed)
             phase = wait_for_all(counts, threads, phase)
+    if buffers.logits == 0:
+        _choose_tokens(counts, phase, threads, batch, buffers)
     tile_release()

@@ -10,12 +10,12 @@ import torch
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.attention import SEGMENT, SHAPES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Pool, Scratch, Shape, Weights
-from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
+from minisgl.scheduler_proc.cpu.step import LARGEST_BYTES, OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import Keeper, make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack, permitted, shapes_of_rows
 from minisgl.scheduler_proc.models.config import ModelConfig
-from minisgl.scheduler_proc.models.decoder import Decoder, DecoderWeights
+from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
 
 KEPT_LOGITS = 256
@@ -39,11 +39,10 @@ class TiledDecoder:
         config = decoder.config
         self._config = config
         self.vocab_size = config.vocab_size
-        self._rope = decoder.rope
         self.kv_shapes = decoder.kv_shapes
         self.weight_bytes = 0
         self._keeper = Keeper()
-        self._weights = self._pack(config, decoder.weights, progress)
+        self._weights = self._pack(decoder, progress)
         self._shape = Shape(
             layers=config.num_layers,
             hidden=config.hidden_size,
@@ -54,45 +53,38 @@ class TiledDecoder:
             intermediate=config.intermediate_size,
             vocab=config.vocab_size,
             epsilon=config.rms_norm_eps,
+            rope_scaling=decoder.rope.scaling,
             has_head_norms=config.qk_norm,
         )
         self._team = Team(threads)
         self._counts = counters(config.num_layers * PHASES_PER_LAYER + OTHER_PHASES)
-        self._rest_shapes, self._sampled_shapes = shapes_of_rows(PAIR), shapes_of_rows(PAIR)
-        self._scratch = [self._make_scratch() for _ in range(threads)]
+        self._counts_address = self._keeper.address(self._counts)
+        self._scratch = [self._make_scratch(thread) for thread in range(threads)]
         self._rows = self._sampled_rows = 0
 
     def over(self, pool: KVPool) -> TiledForward:
         """This decoder on a pool, in whose memory nothing else may read or write keys and values."""
         return TiledForward(self, pool)
 
-    def run(self, plan: StepPlan, pool: Pool, logits: torch.Tensor | None) -> int:
-        """Compute a step; how many rows have logits, which come into `logits` or are compared for `largest`."""
+    def run(self, plan: StepPlan, pool: Pool, logits: torch.Tensor | None) -> torch.Tensor:
+        """Compute a step: the logits of its sampled rows, or without a place for them `TiledForward.likeliest`."""
         keeper = Keeper()
-        batch = make_batch(plan, pool.page_size, self._shape.group, self._rope, keeper)
-        sampled = batch.sampled_tokens
-        self._reserve(batch.tokens, sampled)
-        self._rest_shapes[:] = shapes_of_rows(batch.tokens % PAIR or PAIR)
-        self._sampled_shapes[:] = shapes_of_rows(sampled % PAIR or PAIR)
+        batch = make_batch(plan, pool.page_size, self._shape.group, keeper)
+        self._reserve(batch.tokens, batch.sampled_tokens)
         self._counts.fill(0)
-        buffers = self._buffers._replace(logits=0 if logits is None else logits.data_ptr())
-        counts, threads = self._counts.ctypes.data, self._team.threads
+        likeliest = torch.empty((2, batch.sampled_tokens), dtype=torch.int64)
+        place = 0 if logits is None else logits.data_ptr()
+        buffers = self._buffers._replace(logits=place, likeliest=likeliest.data_ptr())
+        counts, threads = self._counts_address, self._team.threads
 
         def share(thread: int) -> None:
             run_step(counts, threads, self._shape, self._weights, batch, pool, buffers, self._scratch[thread])
 
         self._team.run(share)
-        return sampled
+        return likeliest if logits is None else logits
 
-    def largest(self, rows: int) -> torch.Tensor:
-        """int64 [2, rows]: the column of each row's first largest logit in the last step, and whether it was finite."""
-        values = self._largest[:, :rows, 0]
-        best = values.max(axis=(0, 2))
-        columns = self._largest.view(np.int32)[:, :rows, 1]
-        first = np.where(values == best[None, :, None], columns, np.iinfo(np.int32).max).min(axis=(0, 2))
-        return torch.from_numpy(np.stack((first, np.isfinite(best))).astype(np.int64))
-
-    def _pack(self, config: ModelConfig, weights: DecoderWeights, progress: Callable[[int, int], None]) -> Weights:
+    def _pack(self, decoder: Decoder, progress: Callable[[int, int], None]) -> Weights:
+        config, weights = decoder.config, decoder.weights
         packed: list[list[int]] = []
         for layer in weights.layers:
             progress(len(packed), config.num_layers)
@@ -119,6 +111,7 @@ class TiledDecoder:
             gate_up_bias=self._floats([layer.gate_up_bias for layer in layers], 2 * config.intermediate_size),
             down_bias=self._floats([layer.down_bias for layer in layers], hidden),
             windows=self._keeper.address(np.array(windows, np.int32)),
+            frequencies=self._floats([decoder.rope.inverse_frequencies]),
         )
 
     def _pack_matrix(self, matrix: torch.Tensor) -> int:
@@ -138,11 +131,6 @@ class TiledDecoder:
             self._sampled_rows = _up(max(sampled, self._sampled_rows), PAIR)
             self._buffer_keeper = Keeper()
             self._buffers = self._make_buffers(self._rows, self._sampled_rows)
-            self._largest = np.zeros((self._team.threads, self._sampled_rows, 2, BLOCK), np.float32)
-            self._scratch = [
-                scratch._replace(largest=self._buffer_keeper.address(mine))
-                for scratch, mine in zip(self._scratch, self._largest, strict=True)
-            ]
 
     def _make_buffers(self, rows: int, sampled: int) -> Buffers:
         config = self._config
@@ -152,6 +140,9 @@ class TiledDecoder:
             return self._buffer_keeper.address(np.zeros((rows, columns), dtype))
 
         return Buffers(
+            slots=room(rows, 1, np.int64),
+            cos=room(rows, self._shape.half, np.float32),
+            sin=room(rows, self._shape.half, np.float32),
             hidden=room(rows, config.hidden_size, np.float32),
             normed=room(rows, config.hidden_size, np.uint16),
             qkv=room(rows, width + 2 * config.num_kv_heads * config.head_dim, np.float32),
@@ -161,20 +152,22 @@ class TiledDecoder:
             last_hidden=room(sampled, config.hidden_size, np.float32),
             last_attended=room(sampled, width, np.uint16),
             logits=0,
+            largest=room(self._team.threads * sampled, LARGEST_BYTES // 4, np.float32),
+            largest_bytes=sampled * LARGEST_BYTES,
+            likeliest=0,
         )
 
-    def _make_scratch(self) -> Scratch:
+    def _make_scratch(self, thread: int) -> Scratch:
         head_dim = self._config.head_dim
 
         def room(size: int, dtype: type[np.generic]) -> int:
             return self._keeper.address(np.zeros(size, dtype))
 
         return Scratch(
+            thread=thread,
             # Attention's sums, [64, 16] at most, take as much.
             sums=room(PAIR * PAIR, np.float32),
-            whole_shapes=self._keeper.address(shapes_of_rows(PAIR)),
-            rest_shapes=self._keeper.address(self._rest_shapes),
-            sampled_shapes=self._keeper.address(self._sampled_shapes),
+            shapes=self._keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
             attention_shapes=self._keeper.address(SHAPES),
             query_tile=room(head_dim // 2 * BLOCK, np.uint32),
             lows=room(BLOCK, np.int32),
@@ -186,7 +179,6 @@ class TiledDecoder:
             totals=room(BLOCK, np.float32),
             shrink=room(BLOCK, np.float32),
             output=room(head_dim * BLOCK, np.float32),
-            largest=0,
         )
 
 
@@ -209,12 +201,11 @@ class TiledForward:
             if rows > len(self._kept_logits):
                 self._kept_logits = torch.empty((_up(rows, BLOCK), self._decoder.vocab_size))
             logits = self._kept_logits[:rows]
-        self._decoder.run(plan, self._pool, logits)
-        return logits
+        return self._decoder.run(plan, self._pool, logits)
 
     def likeliest(self, plan: StepPlan) -> torch.Tensor:
         """Compute a step without writing logits; int64 [2, rows that sample]: tokens, and whether they were finite."""
-        return self._decoder.largest(self._decoder.run(plan, self._pool, None))
+        return self._decoder.run(plan, self._pool, None)
 
 
 def _up(count: int, multiple: int) -> int:

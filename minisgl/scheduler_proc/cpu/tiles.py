@@ -46,7 +46,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def shapes_of_rows(rows: int) -> np.ndarray:
     """Tile shapes for products of up to 32 rows: outputs in tiles 0 to 3, rows in 4 and 5, weights in 6 and 7."""
-    upper, lower = min(rows, BLOCK), max(rows - BLOCK, 1)
+    upper, lower = max(min(rows, BLOCK), 1), max(rows - BLOCK, 1)
     row_counts = (upper, upper, lower, lower, upper, lower, BLOCK, BLOCK)
     return tile_shapes({tile: (count, 64) for tile, count in enumerate(row_counts)})
 

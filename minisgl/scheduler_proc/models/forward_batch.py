@@ -79,7 +79,7 @@ def make_forward_batch(
         token_pages * page_size + positions % page_size,
         decode_pages,
         np.array(host_decode_lengths, np.int32),
-        np.concatenate([ends[[row.sample for row in rows]] - 1, *scored_tokens(rows, ends, decodes)]),
+        np.concatenate([ends[[row.sample for row in rows]] - 1, *_scored_tokens(rows, ends, decodes)]),
         *row_pages[decodes:],
     ]
     tensors = to_device([*columns, *extra], device)
@@ -97,7 +97,7 @@ def make_forward_batch(
     return batch, tensors[len(columns) :]
 
 
-def scored_tokens(rows: Sequence[StepRow], ends: Array, decodes: int) -> list[Array]:
+def _scored_tokens(rows: Sequence[StepRow], ends: Array, decodes: int) -> list[Array]:
     """The step's tokens at the rows' scored positions; decode rows have none."""
     shifts = [end - row.start - row.length for row, end in zip(rows[decodes:], ends[decodes:].tolist(), strict=True)]
     scored = [(scored_positions(row), shift) for row, shift in zip(rows[decodes:], shifts, strict=True)]
