@@ -71,14 +71,22 @@ def _cpu_multiplies_bfloat16() -> bool:
 def set_cpu_threads(config: ServerConfig, weight_bytes: int) -> int:
     """Give this process its share of the cores, and return it.
 
-    The default divides the usable cores among the replicas, leaving one to the other processes from 4 cores on; and it
-    takes no more threads than the weights keep busy, since the threads of a tiny model mostly wait for each other.
+    It takes no more threads than the weights keep busy, since the threads of a tiny model mostly wait for each other.
     """
-    cores = usable_cores()
-    share = (cores - (cores >= 4)) // (config.dp_size or 1)
-    threads = config.cpu_threads or max(1, min(share, weight_bytes // WEIGHT_BYTES_PER_THREAD))
+    threads = config.cpu_threads or busy_threads(share_of_cores(config), weight_bytes)
     torch.set_num_threads(threads)
     return threads
+
+
+def share_of_cores(config: ServerConfig) -> int:
+    """The usable cores divided among the replicas, leaving one to the other processes from 4 cores on."""
+    cores = usable_cores()
+    return max(1, (cores - (cores >= 4)) // (config.dp_size or 1))
+
+
+def busy_threads(most: int, weight_bytes: int) -> int:
+    """How many of `most` threads a step keeps busy that reads so many bytes of weights, or computes as long."""
+    return max(1, min(most, weight_bytes // WEIGHT_BYTES_PER_THREAD))
 
 
 def usable_cores() -> int:

@@ -18,11 +18,13 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
 from minisgl.scheduler_proc.compute_path import be_deterministic, use_fused_kernels, use_tiles
 from minisgl.scheduler_proc.core import scheduler_limits
 from minisgl.scheduler_proc.device import (
+    busy_threads,
     choose_device,
     choose_dtype,
     choose_linears,
     describe,
     set_cpu_threads,
+    share_of_cores,
     usable_cores,
 )
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
 WARM_UP_TOKENS = 64
+TOKENS_PER_READ = 16
+"""Tokens that a CPU's tiles compute in the time in which it reads the weights once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,8 @@ class StepEngine:
                 linears=PLAIN if tiled else choose_linears(config, device, dtype),
             )
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
-            tiles = _cut_into_tiles(loaded, threads, partial(progress, "packing weights")) if tiled else None
+            tiles = _cut_into_tiles(loaded, config, partial(progress, "packing weights")) if tiled else None
+            threads = tiles.threads if tiles is not None else threads
 
             def make_engine(num_pages: int) -> StepEngine:
                 # One page more than the scheduler may use: the graphs' padding rows write there.
@@ -285,11 +290,19 @@ def _forward(model: Model, attention: AttentionBackend, batch: ForwardBatch) -> 
     return model.forward(batch, attention.begin_step(batch))
 
 
-def _cut_into_tiles(model: Model, threads: int, progress: Callable[[int, int], None]) -> TiledDecoder:
+def _cut_into_tiles(model: Model, config: ServerConfig, progress: Callable[[int, int], None]) -> TiledDecoder:
     from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
 
     assert isinstance(model, Decoder)
-    return TiledDecoder(model, threads, progress)
+    if config.cpu_threads:
+        return TiledDecoder(model, config.cpu_threads, lambda tokens: config.cpu_threads or 1, progress)
+    most = share_of_cores(config)
+    return TiledDecoder(model, most, partial(_threads_for, most, model.weight_bytes), progress)
+
+
+def _threads_for(most: int, weight_bytes: int, tokens: int) -> int:
+    """How many threads a step of so many tokens keeps busy; few tokens take as long as reading the weights does."""
+    return busy_threads(most, weight_bytes + weight_bytes * tokens // TOKENS_PER_READ)
 
 
 def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRunner:

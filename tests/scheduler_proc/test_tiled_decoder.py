@@ -19,6 +19,7 @@ from minisgl.config import ConfigError
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention
+from minisgl.scheduler_proc.cpu.compiler import place_to_keep
 from minisgl.scheduler_proc.cpu.team import Team
 from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, TiledForward, tiles_fit
 from minisgl.scheduler_proc.models.config import parse_config
@@ -91,7 +92,7 @@ def load(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> D
 
 def on_tiles(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> TiledForward:
     pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, torch.bfloat16, CPU)
-    return TiledDecoder(model, threads, lambda done, total: None).over(pool)
+    return TiledDecoder(model, threads, lambda tokens: threads, lambda done, total: None).over(pool)
 
 
 def tiled_forward(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
@@ -265,12 +266,26 @@ def test_shapes_that_are_not_whole_tiles_do_not_fit() -> None:
         assert not tiles_fit(config, 16)
 
 
+def test_compiled_code_is_kept_apart_for_each_text_of_the_sources(tmp_path: Path) -> None:
+    sources, home, file = tmp_path / "sources", tmp_path / "home", tmp_path / "file"
+    sources.mkdir()
+    file.write_text("not a folder")
+    (sources / "one.py").write_text("ONE = 1")
+    (sources / "other.py").write_text("OTHER = 1")
+    first = place_to_keep(sources, [file / "below", home])
+    assert first is not None and first.is_dir() and first.parent == home
+    assert place_to_keep(sources, [home]) == first
+    (sources / "other.py").write_text("OTHER = 2")
+    assert place_to_keep(sources, [home]) not in (first, None)
+    assert place_to_keep(sources, [file / "below"]) is None
+
+
 def test_a_team_runs_every_share_and_reports_failures() -> None:
     team = Team(3)
     seen: set[tuple[int, int]] = set()
     for _ in range(20):
         seen.clear()
-        team.run(lambda thread: seen.add((thread, threading.get_ident())))
+        team.run(lambda thread: seen.add((thread, threading.get_ident())), 3)
         assert sorted(thread for thread, _ in seen) == [0, 1, 2]
         assert len({ident for _, ident in seen}) == 3
 
@@ -279,5 +294,7 @@ def test_a_team_runs_every_share_and_reports_failures() -> None:
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        team.run(fail)
-    team.run(lambda thread: None)
+        team.run(fail, 3)
+    seen.clear()
+    team.run(lambda thread: seen.add((thread, 0)), 2)
+    assert seen == {(0, 0), (1, 0)}

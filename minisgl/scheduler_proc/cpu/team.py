@@ -66,13 +66,14 @@ class Team:
         for index, jobs in enumerate(self._jobs, 1):
             threading.Thread(target=self._work, args=(index, jobs), name=f"cpu-step-{index}", daemon=True).start()
 
-    def run(self, job: Job) -> None:
-        """Call job(thread index) in every thread, and return when all have; raises what one of them raised."""
-        for jobs in self._jobs:
+    def run(self, job: Job, threads: int) -> None:
+        """Call job(thread index) in so many threads, and return when all have; raises what one of them raised."""
+        others = self._jobs[: threads - 1]
+        for jobs in others:
             jobs.put(job)
         job(0)
-        for _ in self._jobs:
-            error = self._results.get()
+        errors = [self._results.get() for _ in others]
+        for error in errors:
             if error is not None:
                 raise error
 

@@ -32,10 +32,20 @@ class TiledDecoder:
     """A decoder whose forward runs over a KV pool that has the layout of cpu/attention.py.
 
     The decoder's own matrices are emptied as they are packed, so that no two copies of the whole model exist at any
-    time; its plain forward does not work any more. `progress` is called with the layers packed and their number.
+    time; its plain forward does not work any more.
+
+    Args:
+        threads: most that run a step; `threads_for` says how many of them are worth it for a number of tokens.
+        progress: called with the layers packed and their number.
     """
 
-    def __init__(self, decoder: Decoder, threads: int, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        threads: int,
+        threads_for: Callable[[int], int],
+        progress: Callable[[int, int], None],
+    ) -> None:
         config = decoder.config
         self._config = config
         self.vocab_size = config.vocab_size
@@ -56,7 +66,9 @@ class TiledDecoder:
             rope_scaling=decoder.rope.scaling,
             has_head_norms=config.qk_norm,
         )
+        self.threads = threads
         self._team = Team(threads)
+        self._threads_for = threads_for
         self._counts = counters(config.num_layers * PHASES_PER_LAYER + OTHER_PHASES)
         self._counts_address = self._keeper.address(self._counts)
         self._scratch = [self._make_scratch(thread) for thread in range(threads)]
@@ -75,12 +87,12 @@ class TiledDecoder:
         likeliest = torch.empty((2, batch.sampled_tokens), dtype=torch.int64)
         place = 0 if logits is None else logits.data_ptr()
         buffers = self._buffers._replace(logits=place, likeliest=likeliest.data_ptr())
-        counts, threads = self._counts_address, self._team.threads
+        counts, threads = self._counts_address, self._threads_for(batch.tokens)
 
         def share(thread: int) -> None:
             run_step(counts, threads, self._shape, self._weights, batch, pool, buffers, self._scratch[thread])
 
-        self._team.run(share)
+        self._team.run(share, threads)
         return likeliest if logits is None else logits
 
     def _pack(self, decoder: Decoder, progress: Callable[[int, int], None]) -> Weights:
