@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
 WARM_UP_TOKENS = 64
-TOKENS_PER_READ = 16
-"""Tokens that a CPU's tiles compute in the time in which it reads the weights once."""
+TOKENS_PER_READ = 64
+"""Tokens of a step on a CPU's tiles that are worth as many threads as reading the weights once is. With 16, and so two
+threads for 32 streams of the demo model, two busy cores served between 20 % less and 15 % more than with one thread."""
 
 
 @dataclass(frozen=True, slots=True)
