@@ -118,9 +118,9 @@ def _sum_values(blocks, count, offset, columns, weights, sums):
 
 
 @compiled
-def _hide(scores, keys, first_key, lows, limits):
-    """Make the scores of keys that a query does not see -inf; row 0 is the key at position `first_key`."""
-    for key in range(keys):
+def _hide(scores, begin, end, first_key, lows, limits):
+    """Make the scores of keys that a query does not see -inf, in rows begin to end; row 0 is at `first_key`."""
+    for key in range(begin, end):
         at, row = np.int32(first_key + key), key * BLOCK
         for query in range(BLOCK):
             seen = get_int(lows, query) <= at and at < get_int(limits, query)
@@ -182,15 +182,19 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
     head_dim = 2 * half
     first = tile * BLOCK
     last = min(first + BLOCK, count * group) - 1
+    # Counted along, since divisions would take longer than the rest.
+    token, head = first // group, first % group
     for column in range(BLOCK):
-        # Columns beyond the last are computed like the last, and not stored.
-        token = min(first + column, last) // group
-        head = kv_head * group + min(first + column, last) % group
         set_int(scratch.limits, column, np.int32(start + token + 1))
         set_int(scratch.lows, column, np.int32(max(0, start + token + 1 - window)))
-        source = query + ((begin + token) * shape.heads + head) * head_dim * 2
+        source = query + ((begin + token) * shape.heads + kv_head * group + head) * head_dim * 2
         for pair in range(half):
             set_word(scratch.query_tile, pair * BLOCK + column, get_word(source, pair))
+        # Columns beyond the last are computed like the last, and not stored.
+        if first + column < last:
+            head += 1
+            if head == group:
+                token, head = token + 1, 0
     for column in range(BLOCK):
         set_float(scratch.highest, column, LOWEST)
         set_float(scratch.totals, column, np.float32(0.0))
@@ -201,26 +205,36 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
     end_key = get_int(scratch.limits, BLOCK - 1)
     for key in range(first_key, end_key, SEGMENT):
         blocks = (min(SEGMENT, end_key - key) + BLOCK - 1) // BLOCK
+        page, offset = key // page_size, key % page_size
         for block in range((blocks + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
-            position = key + min(block, blocks - 1) * BLOCK
-            slot = get_int(pages, position // page_size) * page_size + position % page_size
+            slot = get_int(pages, page) * page_size + offset
             keys = pool + slot // BLOCK * block_bytes(shape) + kv_head * 2 * head_bytes(shape)
             set_long(scratch.blocks, block, keys)
+            # Blocks beyond the last are computed like the last, and not looked at.
+            if block < blocks - 1:
+                offset += BLOCK
+                if offset == page_size:
+                    page, offset = page + 1, 0
         _score(scratch.blocks, blocks, head_dim // DEPTH, scratch.query_tile, scratch.scores)
-        if key < get_int(scratch.lows, BLOCK - 1) or key + blocks * BLOCK > get_int(scratch.limits, 0):
-            _hide(scratch.scores, blocks * BLOCK, key, scratch.lows, scratch.limits)
+        # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
+        hidden = 0 if key < get_int(scratch.lows, BLOCK - 1) else max(get_int(scratch.limits, 0) - key, 0)
+        if hidden < blocks * BLOCK:
+            _hide(scratch.scores, hidden, blocks * BLOCK, key, scratch.lows, scratch.limits)
         _weigh(scratch.scores, blocks * BLOCK, factor, scratch)
         for column in range(0, head_dim, 64):
             width = min(64, head_dim - column)
-            offset = head_bytes(shape) + column * BLOCK * 2
-            _sum_values(scratch.blocks, blocks, offset, width, scratch.weights, scratch.sums)
+            values = head_bytes(shape) + column * BLOCK * 2
+            _sum_values(scratch.blocks, blocks, values, width, scratch.weights, scratch.sums)
             _merge(scratch.output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
+    token, head = first // group, first % group
     for index in range(last - first + 1):
-        token, head = (first + index) // group, kv_head * group + (first + index) % group
         portion = np.float32(1.0) / get_float(scratch.totals, index)
         for column in range(0, head_dim, DEPTH):
             depths = shape.heads * head_dim // DEPTH
-            target = attended + place_in_tiles(begin + token, head * head_dim + column, depths)
+            target = attended + place_in_tiles(begin + token, (kv_head * group + head) * head_dim + column, depths)
             for lane in range(DEPTH):
                 value = get_float(scratch.output, (column + lane) * BLOCK + index) * portion
                 set_short(target, lane, to_bfloat16(value))
+        head += 1
+        if head == group:
+            token, head = token + 1, 0
