@@ -13,10 +13,11 @@ from minisgl.scheduler_proc.grammar import GrammarMask
 from minisgl.scheduler_proc.grammar_compiler import GrammarCompiler
 from minisgl.scheduler_proc.grammar_wire import CompilerSettings
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.pacing import PromptPacer
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan
-from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
+from minisgl.scheduler_proc.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

@@ -15,27 +15,31 @@ from minisgl.config import ModelSpec, ServerConfig
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.backend import AttentionBackend, make_attention
 from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
-from minisgl.scheduler_proc.compute_path import be_deterministic, use_fused_kernels, use_tiles
+from minisgl.scheduler_proc.compute_path import (
+    be_deterministic,
+    compile_kernels,
+    cut_into_tiles,
+    make_graphs,
+    use_fused_kernels,
+    use_tiles,
+)
 from minisgl.scheduler_proc.core import scheduler_limits
 from minisgl.scheduler_proc.device import (
-    busy_threads,
     choose_device,
     choose_dtype,
     choose_linears,
     describe,
     set_cpu_threads,
-    share_of_cores,
     usable_cores,
 )
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
+from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
-from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch, make_forward_batch, to_device, to_host
 from minisgl.scheduler_proc.models.linear import PLAIN
 from minisgl.scheduler_proc.models.loader import Model, load_model
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
 from minisgl.scheduler_proc.sampler import SamplingBatch, always_greedy, sample, sampling_columns
-from minisgl.scheduler_proc.scheduler import SchedulerLimits
 
 if TYPE_CHECKING:
     from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, TiledForward
@@ -46,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16
 WARM_UP_TOKENS = 64
-TOKENS_PER_READ = 64
-"""Tokens of a step on a CPU's tiles that are worth as many threads as reading the weights once is. With 16, and so two
-threads for 32 streams of the demo model, two busy cores served between 20 % less and 15 % more than with one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class StepEngine:
                 linears=PLAIN if tiled else choose_linears(config, device, dtype),
             )
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
-            tiles = _cut_into_tiles(loaded, config, partial(progress, "packing weights")) if tiled else None
+            tiles = cut_into_tiles(loaded, config, partial(progress, "packing weights")) if tiled else None
             threads = tiles.threads if tiles is not None else threads
 
             def make_engine(num_pages: int) -> StepEngine:
@@ -146,7 +147,7 @@ class StepEngine:
                     _forward, loaded, make_attention("fixed_tiles" if deterministic else "torch_sdpa", pool)
                 )
                 on_tiles = tiles.over(pool) if tiles is not None else None
-                graphs = _make_graphs(loaded, pool, limits) if fused else None
+                graphs = make_graphs(loaded, pool, limits) if fused else None
                 return cls(tiles or loaded, plain, on_tiles, graphs, pool, num_pages, limits, device, threads)
 
             deterministic = be_deterministic(config, loaded)
@@ -156,7 +157,7 @@ class StepEngine:
             if fused:
                 progress("compiling kernels", 0, 0)
                 compile_threads = max(1, usable_cores() // (config.dp_size or 1))
-                _compile_kernels(
+                compile_kernels(
                     loaded, page_size, limits, device, compile_threads, partial(progress, "compiling kernels")
                 )
             progress("sizing KV memory", 0, 0)
@@ -289,46 +290,6 @@ class StepEngine:
 
 def _forward(model: Model, attention: AttentionBackend, batch: ForwardBatch) -> torch.Tensor:
     return model.forward(batch, attention.begin_step(batch))
-
-
-def _cut_into_tiles(model: Model, config: ServerConfig, progress: Callable[[int, int], None]) -> TiledDecoder:
-    from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
-
-    assert isinstance(model, Decoder)
-    if config.cpu_threads:
-        return TiledDecoder(model, config.cpu_threads, lambda tokens: config.cpu_threads or 1, progress)
-    most = share_of_cores(config)
-    return TiledDecoder(model, most, partial(_threads_for, most, model.weight_bytes), progress)
-
-
-def _threads_for(most: int, weight_bytes: int, tokens: int) -> int:
-    """How many threads a step of so many tokens keeps busy; few tokens take as long as reading the weights does."""
-    return busy_threads(most, weight_bytes + weight_bytes * tokens // TOKENS_PER_READ)
-
-
-def _make_graphs(model: Model, pool: KVPool, limits: SchedulerLimits) -> GraphRunner:
-    # Imported here because Triton exists on CUDA machines only.
-    from minisgl.scheduler_proc.cuda_graphs import GraphRunner
-    from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder
-
-    assert isinstance(model, Decoder)
-    fused = FusedDecoder(model, pool, limits.context_length)
-    return GraphRunner(fused, pool, limits.max_running, limits.context_length)
-
-
-def _compile_kernels(
-    model: Model,
-    page_size: int,
-    limits: SchedulerLimits,
-    device: torch.device,
-    threads: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    assert isinstance(model, Decoder)
-    # Layers of a kind run the same kernels.
-    part = model.with_a_layer_of_each_kind()
-    pool = KVPool(part.kv_shapes, 1, page_size, part.weights.norm.dtype, device)
-    _make_graphs(part, pool, limits).compile_kernels(threads, progress)
 
 
 def _trial_plan(rows: list[tuple[int, int]], decode_rows: int, pages: list[int]) -> StepPlan:

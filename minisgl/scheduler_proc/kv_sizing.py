@@ -6,7 +6,7 @@ import torch
 
 from minisgl.config import ConfigError, ServerConfig
 from minisgl.scheduler_proc.device import available_memory
-from minisgl.scheduler_proc.scheduler import SchedulerLimits
+from minisgl.scheduler_proc.limits import SchedulerLimits
 
 DEFAULT_CUDA_FRACTION = 0.85
 """Share of a GPU's memory for weights and KV cache together."""

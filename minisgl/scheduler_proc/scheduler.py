@@ -16,44 +16,14 @@ from dataclasses import dataclass, field
 
 from minisgl import timeline
 from minisgl.messages import FinishReason, Logprobs, RequestError, TokenizedRequest
-from minisgl.sampling_params import InvalidSamplingParams, SamplingParams
 from minisgl.scheduler_proc.adjustments import Refusal, TokenMask
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, StepRow
 
 SCORED_TOKENS = 256
 """Prompt positions of one step at most whose logits are computed for log probabilities: each is a whole vocabulary."""
-
-MAX_PROMPT_LOGPROBS = 2**20
-"""Log probabilities of one prompt at most: they travel in one message."""
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """What bounds the scheduler.
-
-    Attributes:
-        context_length: longest prompt plus answer, in tokens.
-        max_running: requests that hold KV pages at once.
-        step_tokens: tokens computed per step at most, as far as decode rows leave room for prompts.
-        eos_ids: token ids that end an answer.
-        vocab_size: token ids are below this.
-        fine_chunk: where requests decode, a prompt of more than twice as many tokens is cut into chunks that have so
-            many tokens together with the decode rows; None cuts no finer than step_tokens.
-    """
-
-    context_length: int
-    max_running: int
-    step_tokens: int
-    eos_ids: frozenset[int]
-    vocab_size: int
-    fine_chunk: int | None = None
-
-    def stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        """The token ids that end a request's answer."""
-        own = frozenset(token_id for token_id in sampling.stop_token_ids if token_id < self.vocab_size)
-        return own if sampling.ignore_eos else own | self.eos_ids
 
 
 @dataclass(slots=True)
@@ -145,7 +115,8 @@ class Scheduler:
         if message.rid in self._requests:
             return None
         ready = token_mask is None or token_mask.ready
-        problem = self._problem_with(message) or (token_mask.problem if token_mask else None)
+        kv_tokens = self.pages.total * self.pages.page_size
+        problem = self.limits.problem_with(message, kv_tokens) or (token_mask.problem if token_mask else None)
         if problem is not None:
             return RequestError(message.rid, *problem)
         sampling, prompt_len = message.sampling, len(message.input_ids)
@@ -154,7 +125,7 @@ class Scheduler:
             token_ids=list(message.input_ids),
             prompt_len=prompt_len,
             sampling=sampling,
-            max_new_tokens=sampling.max_new_tokens or self._token_limit() - prompt_len,
+            max_new_tokens=sampling.max_new_tokens or min(self.limits.context_length, kv_tokens) - prompt_len,
             stop_ids=self.limits.stop_ids(sampling),
             stamps=message.stamps,
             token_mask=token_mask,
@@ -446,58 +417,6 @@ class Scheduler:
         if evicted:
             self.pages.release(evicted, self._planned_step)
         return bool(evicted)
-
-    # ---- what is refused ----
-
-    def _token_limit(self) -> int:
-        """Most tokens that prompt and answer of one request can have together."""
-        return min(self.limits.context_length, self.pages.total * self.pages.page_size)
-
-    def _problem_with(self, message: TokenizedRequest) -> Refusal | None:
-        """Why a request can never run; None when it can."""
-        problem = self._wrong_with(message)
-        return None if problem is None else Refusal(400, *problem)
-
-    def _wrong_with(self, message: TokenizedRequest) -> tuple[str, str] | None:
-        """The code and sentence of such a refusal."""
-        prompt_len, asked = len(message.input_ids), message.sampling.max_new_tokens
-        if not prompt_len:
-            return "invalid_request", "the prompt is empty; send at least one token"
-        lowest, highest, vocab_size = min(message.input_ids), max(message.input_ids), self.limits.vocab_size
-        if lowest < 0 or highest >= vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            return "invalid_request", f"token id {wrong} is not in the vocabulary (0 to {vocab_size - 1})"
-        try:
-            message.sampling.validate()
-        except InvalidSamplingParams as error:
-            return "invalid_request", str(error)
-        foreign = next((token_id for token_id, _ in message.sampling.logit_bias if token_id >= vocab_size), None)
-        if foreign is not None:
-            return "invalid_request", f"logit_bias names token id {foreign}, which is not in the vocabulary"
-        start, most = message.sampling.prompt_logprobs_from, message.sampling.logprobs or 0
-        if start is not None and (prompt_len - start) * (1 + most) > MAX_PROMPT_LOGPROBS:
-            return (
-                "invalid_request",
-                f"log probabilities of {prompt_len - start} prompt tokens, each with {most} likeliest ones, are more "
-                f"than the {MAX_PROMPT_LOGPROBS} that one answer can bring; ask for fewer, or from a later token on",
-            )
-        wanted = prompt_len + (asked or 1)
-        if wanted <= self._token_limit():
-            return None
-        answer = f"max_new_tokens ({asked})" if asked else "one new token"
-        context_length, capacity = self.limits.context_length, self.pages.total * self.pages.page_size
-        if wanted > context_length:
-            return (
-                "context_length_exceeded",
-                f"the prompt ({prompt_len} tokens) plus {answer} is {wanted} tokens, more than the context length "
-                f"of {context_length}; shorten the prompt or ask for fewer new tokens",
-            )
-        return (
-            "kv_capacity_exceeded",
-            f"the prompt ({prompt_len} tokens) plus {answer} is {wanted} tokens, more than the KV cache of "
-            f"{capacity} tokens can hold; ask for fewer tokens or start the server with more KV memory "
-            f"(--max-total-tokens or --mem-fraction-static)",
-        )
 
 
 def _hand_over(found: Sequence[RowLogprobs], sampled: SampledTokens) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from minisgl.messages import FinishReason, Logprobs, TokenizedRequest
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.kv_pages import KvPages
+from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.prefix_cache import PrefixCache
 from minisgl.scheduler_proc.request import Request, RowLogprobs, StepPlan, scored_positions
-from minisgl.scheduler_proc.scheduler import Scheduler, SchedulerLimits
+from minisgl.scheduler_proc.scheduler import Scheduler
 
 VOCAB_SIZE = 40
 EOS = 0

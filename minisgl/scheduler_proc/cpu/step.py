@@ -19,27 +19,18 @@ from minisgl.scheduler_proc.cpu.memory import (
     get_long,
     get_short,
     set_float,
-    set_int,
     set_long,
     set_short,
 )
-from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, silu, to_bfloat16
+from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, to_bfloat16
+from minisgl.scheduler_proc.cpu.products import ACTIVATE, ADD, CHOOSE, STORE, choose_tokens, multiply_rows
 from minisgl.scheduler_proc.cpu.team import take, wait_for_all
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, multiply, place_in_tiles
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, place_in_tiles
 
 PHASES_PER_LAYER = 9
 OTHER_PHASES = 5
-GROUP_BYTES = 2**20
-"""Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
-
 TOKENS_AT_ONCE = 16
 """Tokens of a long step that one thread rotates together: their values share cache lines in the pool."""
-LARGEST_BYTES = 2 * BLOCK * 4
-"""Of one row in Scratch.largest."""
-
-STORE, ADD, ACTIVATE, CHOOSE = 0, 1, 2, 3
-"""What becomes of a product: it is stored, added to what is there, or goes through the MLP's activation; or only the
-largest outputs of each row are kept, with the columns that they are from."""
 
 
 @compiled_to_sum
@@ -96,117 +87,6 @@ def _place(shape, batch, weights, pool, buffers, row):
         angle = np.float32(position) * get_float(weights.frequencies, column)
         set_float(buffers.cos, row * shape.half + column, np.float32(math.cos(angle) * shape.rope_scaling))
         set_float(buffers.sin, row * shape.half + column, np.float32(math.sin(angle) * shape.rope_scaling))
-
-
-@compiled
-def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
-    """Bring a product's sums [rows, 32] where they belong; see STORE, ADD and ACTIVATE.
-
-    Args:
-        columns: that exist of the 32.
-        bias: address of the first column's, or 0; `up_bias` the same for the second 16 columns if they are ACTIVATEd.
-        target: address of the first element; rows are `stride` elements apart. With ACTIVATE it lies in tiles, and
-            blocks of 16 rows are `stride` bytes apart.
-    """
-    for row in range(rows):
-        source = sums + row * PAIR * 4
-        if kind == STORE and bias == 0:
-            for column in range(columns):
-                set_float(target, row * stride + column, get_float(source, column))
-        elif kind == STORE:
-            for column in range(columns):
-                set_float(target, row * stride + column, get_float(source, column) + get_float(bias, column))
-        elif kind == ADD:
-            for column in range(columns):
-                value = get_float(source, column) + get_float(bias, column)
-                set_float(target, row * stride + column, get_float(target, row * stride + column) + value)
-        else:
-            for column in range(BLOCK):
-                gate = get_float(source, column) + get_float(bias, column)
-                up = get_float(source, BLOCK + column) + get_float(up_bias, column)
-                place = target + row // BLOCK * stride + row % BLOCK * 64
-                set_short(place, column, to_bfloat16(silu(gate) * up))
-
-
-@compiled
-def _keep_largest(sums, rows, columns, first_column, largest):
-    """Compare a product's sums [rows, 32], of which so many columns exist, with Buffers.largest. NaN is the largest."""
-    for row in range(rows):
-        best = largest + row * LARGEST_BYTES
-        for half in range(2):
-            source = sums + (row * PAIR + half * BLOCK) * 4
-            for lane in range(BLOCK):
-                value, known = get_float(source, lane), get_float(best, lane)
-                value = value if value == value else np.float32(np.inf)
-                larger = value > known and half * BLOCK + lane < columns
-                set_float(best, lane, value if larger else known)
-                column = np.int32(first_column + half * BLOCK + lane)
-                set_int(best, BLOCK + lane, column if larger else get_int(best, BLOCK + lane))
-
-
-@inlined
-def _choose_tokens(counts, phase, threads, batch, buffers):
-    """Put together what all threads' columns have: the first of each row's largest logits."""
-    while True:
-        row = take(counts, phase)
-        if row >= batch.sampled_tokens:
-            return
-        largest, token = np.float32(-np.inf), np.int32(0)
-        for thread in range(threads):
-            best = buffers.largest + thread * buffers.largest_bytes + row * LARGEST_BYTES
-            for lane in range(BLOCK):
-                value, column = get_float(best, lane), get_int(best, BLOCK + lane)
-                if value > largest or (value == largest and column < token):
-                    largest, token = value, column
-        set_long(buffers.likeliest, row, token)
-        set_long(buffers.likeliest, batch.sampled_tokens + row, 1 if math.isfinite(largest) else 0)
-
-
-@inlined
-def _multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch):
-    """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
-
-    Args:
-        kind: what becomes of the outputs.
-        source: bfloat16 [rows, depths * 32], in tiles.
-        columns: of the output, as it is stored.
-        bias: float32 [columns] (with ACTIVATE gate's, then up's), or 0 for none.
-        target: float32 [rows, columns]; with ACTIVATE bfloat16, in tiles; with CHOOSE this thread's Buffers.largest.
-    """
-    width = BLOCK if kind == ACTIVATE else PAIR
-    pairs = (columns + width - 1) // width
-    group = max(GROUP_BYTES // (depths * DEPTH * 2 * PAIR), 1) * PAIR
-    groups = (rows + group - 1) // group
-    configured = 0
-    if kind == CHOOSE:
-        for row in range(rows):
-            for lane in range(BLOCK):
-                set_float(target, row * 2 * BLOCK + lane, np.float32(-np.inf))
-                set_int(target, row * 2 * BLOCK + BLOCK + lane, np.int32(0))
-    while True:
-        item = take(counts, phase)
-        if item >= pairs * groups:
-            return
-        begin, pair = item // pairs * group, item % pairs
-        column = pair * width
-        here = min(width, columns - column)
-        first = pair if kind == ACTIVATE else 2 * pair
-        second = pair + pairs if kind == ACTIVATE else first + 1
-        gate_bias = bias + 4 * column if bias else 0
-        for row in range(begin, min(begin + group, rows), PAIR):
-            count = min(PAIR, rows - row)
-            if count != configured:
-                tile_configure(scratch.shapes + 64 * count)
-                configured = count
-            multiply(weight, first, second, depths, source + place_in_tiles(row, 0, depths), count, scratch.sums)
-            if kind == CHOOSE:
-                _keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
-            else:
-                place, stride = target + (row * columns + column) * 4, columns
-                if kind == ACTIVATE:
-                    place = target + place_in_tiles(row, column, columns // DEPTH)
-                    stride = columns // DEPTH * TILE_BYTES
-                _use_sums(kind, scratch.sums, count, here, gate_bias, gate_bias + 4 * columns, place, stride)
 
 
 @compiled
@@ -352,7 +232,7 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             kind, source, depths = ADD, buffers.activated, shape.intermediate // DEPTH
             columns, target = shape.hidden, hidden
             bias = weights.down_bias + 4 * layer * shape.hidden
-        _multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch)
+        multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch)
         phase = wait_for_all(counts, threads, phase)
         if kind == ADD:
             following = 2 * layer + (1 if number == 1 else 2)
@@ -362,5 +242,5 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             _norm_rows(counts, phase, shape, rows, hidden, norm, buffers.normed)
             phase = wait_for_all(counts, threads, phase)
     if buffers.logits == 0:
-        _choose_tokens(counts, phase, threads, batch, buffers)
+        choose_tokens(counts, phase, threads, batch, buffers)
     tile_release()
