@@ -7,9 +7,12 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     main.py       the process: inbox -> core -> detokenizers
     core.py       one replica: scheduler + engine, step by step; also behind minisgl.Engine
     scheduler.py  decides each step (admission, batching, preemption, finishing); knows nothing of torch
+    limits.py     what bounds it; pacing.py: how much prompt a step takes beside running streams
     request.py    the border between the two: Request, StepPlan
     kv_pages.py   which KV pages are free
     engine.py     runs a StepPlan on the device and returns one token per sampling row
+    compute_path.py  which code computes the steps: the two that follow, or plain torch
+    cpu/          whole steps on the tiles of x86 CPUs with AMX
     cuda_graphs.py  the engine's CUDA path: steps as captured graphs; graph_sizes.py: which of them, in which order
     sampler.py    logits -> token ids, each row by its own parameters; device_sampler.py: the same by kernels on CUDA
     grammar.py    one request's grammar: which tokens may come next; json_schema.py: schemas as xgrammar enforces them

@@ -76,6 +76,9 @@ def test_tokens_are_those_of_the_plain_sampler(captured: bool) -> None:
     requests = [request_of(index, fields) for index, fields in enumerate(WISHES)]
     # Of 15 and 12 rows graphs for 16 are filled up with rows that must not leave a trace.
     companies = [range(15), [6, 3, 14, 10], [6, 3, 14, 10], [3], range(14, 2, -1)]
+    if not captured:
+        # Triton's interpreter takes half a second for a row.
+        companies = [range(15), [6, 3, 14, 10], range(14, 7, -1)]
     for company in companies:
         rows = [row_of(requests[index]) for index in company]
         logits = torch.randn(len(rows), VOCAB_SIZE, generator=generator) * 3

@@ -63,7 +63,7 @@ def engine_of(model: Decoder, pages: int, fused: bool, captured: bool) -> StepEn
     def forward(batch: ForwardBatch) -> torch.Tensor:
         return model.forward(batch, attention.begin_step(batch))
 
-    return StepEngine(model, forward, graphs, pool, pages, limits, DEVICE, 1)
+    return StepEngine(model, forward, None, graphs, pool, pages, limits, DEVICE, 1)
 
 
 def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logprobs]], int]:
