@@ -68,7 +68,8 @@ def test_a_crowd_may_hold_up_the_few_that_run_once() -> None:
         pacer.observe(1, 0, 0.1)
     pacer.observe(1, 100, 0.2)
     assert pacer.prompt_tokens() == pacer.prompt_tokens(0.5) == pacer.prompt_tokens(1.0) == 100
-    assert pacer.prompt_tokens(5.0) == 500
+    assert pacer.prompt_tokens(3.0) == 300
+    assert pacer.prompt_tokens(31.0) == 400
 
 
 def test_a_crowd_is_what_can_begin_in_one_step() -> None:

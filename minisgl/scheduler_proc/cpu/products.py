@@ -17,7 +17,7 @@ GROUP_BYTES = 2**20
 """Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
 
 LARGEST_BYTES = 2 * BLOCK * 4
-"""Of one row in Scratch.largest."""
+"""Of one row in Buffers.largest."""
 
 STORE, ADD, ACTIVATE, CHOOSE = 0, 1, 2, 3
 """What becomes of a product: it is stored, added to what is there, or goes through the MLP's activation; or only the
