@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -161,3 +162,16 @@ def test_a_run_that_is_cut_short_keeps_what_it_measured_and_leaves_no_server(tmp
     assert "**cut short" in (tmp_path / "server.md").read_text()
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
+
+
+def test_served_streams_and_padded_batches_take_turns():
+    words = ("--batch", "2", "--rounds", "2", "--waves", "1", "--output-len", "uniform:4:9", "--request-timeout", "60")
+    done = run("padded_batch.py", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.fullmatch(
+        r"  2 at a time: minisgl over HTTP ([\d.]+) tokens/s, Hugging Face's padded batch ([\d.]+): [\d.]+x"
+        r"   \(rounds [\d.]+ : [\d.]+, [\d.]+ : [\d.]+\)\n",
+        done.stdout,
+    )
+    assert found is not None, done.stdout
+    assert min(float(figure) for figure in found.groups()) > 1
