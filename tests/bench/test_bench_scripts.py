@@ -164,6 +164,7 @@ def test_a_run_that_is_cut_short_keeps_what_it_measured_and_leaves_no_server(tmp
     assert alive == []
 
 
+@pytest.mark.long
 def test_served_streams_and_padded_batches_take_turns():
     words = ("--batch", "2", "--rounds", "2", "--waves", "1", "--output-len", "uniform:4:9", "--request-timeout", "60")
     done = run("padded_batch.py", *words)

@@ -103,7 +103,7 @@ def test_float32_of_several_families(family: str, checkpoint: CheckpointMaker) -
     [
         {"dtype": "bfloat16"},
         {"dtype": "float32"},
-        {"dtype": "bfloat16", "quantization": "int8"},
+        pytest.param({"dtype": "bfloat16", "quantization": "int8"}, marks=pytest.mark.long),
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
