@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", OPENMP_WAIT_POLICY)
 from benchlib import options
 from benchlib.hf_model import HfModel
 from benchlib.load import Load, LoadGenerator
+from benchlib.results import Level, Run
 from benchlib.servers import Server
 from benchlib.workloads import Lengths, Session, Workload, load_tokenizer
 
@@ -47,19 +48,18 @@ def main() -> None:
                     # The first round warms both up.
                     count = batch * (arguments.waves if number >= 0 else 1)
                     sessions = workload.sessions(count, tokenizer, number)
-                    served.append(serve(generator, Load(server.target, sessions, batch)))
+                    served.append(serve(generator, server, workload, sessions, batch))
                     padded.append(generate(hf, sessions, batch))
                 report(batch, served[1:], padded[1:])
 
 
-def serve(generator: LoadGenerator, load: Load) -> float:
+def serve(generator: LoadGenerator, server: Server, workload: Workload, sessions: list[Session], batch: int) -> float:
     """Tokens/s of the server's clients together."""
-    records = generator.run(load).records
-    problems = {record.problem for record in records if record.problem}
-    if problems or len(records) < len(load.sessions):
-        sys.exit(f"the server did not answer everything: {', '.join(problems)}")
-    seconds = (max(record.finished_ns for record in records) - min(record.started_ns for record in records)) / 1e9
-    return sum(record.output_tokens for record in records) / seconds
+    result = generator.run(Load(server.target, sessions, batch))
+    run = Run("minisgl", workload, Level(batch), len(sessions), result, server.death())
+    if run.problems:
+        sys.exit(f"the server did not answer everything: {', '.join(run.problems)}")
+    return run.output_tokens / run.wall_s
 
 
 def generate(hf: HfModel, sessions: list[Session], batch: int) -> float:
