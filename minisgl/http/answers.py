@@ -33,8 +33,7 @@ class Stream(Flight):
         stamps: readings of timeline.STAMPS so far, `written` being the last.
         first_ns, first_tokens: when the first row arrived, and how many tokens it brought.
         last_ns: when the latest row arrived.
-        steps_ns: when each step that brought it tokens was launched and retired, in turn; kept for clients that ask. Of
-            steps whose tokens came together all are named.
+        steps_ns: when each step that brought it tokens was launched and retired, in turn; kept for clients that ask.
         finish: set by the terminal row; NONE while running and after an error.
         matched: the token id or stop string that ended the text, if one did.
         logprobs: of generated tokens, not yet shown; only for clients that ask.

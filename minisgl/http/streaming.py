@@ -149,7 +149,9 @@ class Streams:
                 stream.completion_tokens += token_count
                 stream.last_ns = arrived
                 if stream.steps_ns is not None:
-                    stream.steps_ns += batch.steps_ns
+                    # A step brings one token: who begins here was in the last of them, who ends here in the first.
+                    skipped = max(len(batch.steps_ns) - 2 * (end - begin), 0) if row in openings else 0
+                    stream.steps_ns += batch.steps_ns[skipped : skipped + 2 * (end - begin)]
                 stream.sink.delta(stream, text, batch.token_ids[begin : begin + token_count])
                 self._dirty[stream] = None
             if finish:

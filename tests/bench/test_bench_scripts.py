@@ -119,11 +119,10 @@ def test_the_hops_of_a_real_server_add_up(tmp_path):
     assert len(flows) == 12
     processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert {"client", "http", "tokenizer", "scheduler", "detokenizer"} <= processes
-    # Every request has 16 tokens, so it takes part in 16 steps, alone or with up to two others. On a busy machine steps
-    # that reach the detokenizer together are told of each of their requests.
-    steps = [int(event["name"].removeprefix("step of ")) for event in events if event["name"].startswith("step of ")]
-    assert 12 * 16 <= sum(steps) < 1.25 * 12 * 16
-    assert min(steps) >= 1 and max(Counter(steps), key=Counter(steps).get) <= 3
+    # Every request has 16 tokens, so it takes part in 16 steps, alone or with up to two others.
+    steps = [event["name"] for event in events if event["name"].startswith("step of ")]
+    assert sum(int(name.removeprefix("step of ")) for name in steps) == 12 * 16
+    assert {"step of 1", "step of 2", "step of 3"} >= set(steps)
 
 
 def test_a_server_that_cannot_start_is_named_with_its_last_words(tmp_path):
