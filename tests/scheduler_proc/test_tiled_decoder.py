@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,12 +290,13 @@ def test_a_team_runs_every_share_and_reports_failures() -> None:
         assert sorted(thread for thread, _ in seen) == [0, 1, 2]
         assert len({ident for _, ident in seen}) == 3
 
-    def fail(thread: int) -> None:
-        if thread == 2:
+    def fail(culprit: int, thread: int) -> None:
+        if thread == culprit:
             raise MemoryError("no room")
 
-    with pytest.raises(MemoryError, match="no room"):
-        team.run(fail, 3)
-    seen.clear()
-    team.run(lambda thread: seen.add((thread, 0)), 2)
-    assert seen == {(0, 0), (1, 0)}
+    for culprit in (2, 0):
+        with pytest.raises(MemoryError, match="no room"):
+            team.run(partial(fail, culprit), 3)
+        seen.clear()
+        team.run(lambda thread: seen.add((thread, 0)), 2)
+        assert seen == {(0, 0), (1, 0)}

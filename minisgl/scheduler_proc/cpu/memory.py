@@ -6,8 +6,10 @@ shapes. Elements are read and set with `get_...` and `set_...`, from an address 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
+import torch
 from numba import types
 
 from minisgl.scheduler_proc.cpu.intrinsics import loader, storer
@@ -17,6 +19,20 @@ get_short, set_short = loader(types.uint16), storer(types.uint16)
 get_word, set_word = loader(types.uint32), storer(types.uint32)
 get_int, set_int = loader(types.int32), storer(types.int32)
 get_long, set_long = loader(types.int64), storer(types.int64)
+
+
+class Keeper:
+    """Holds what has been given to compiled code as an address."""
+
+    def __init__(self) -> None:
+        self._held: list[Any] = []
+
+    def address(self, value: npt.NDArray[Any] | torch.Tensor) -> int:
+        """The address of a contiguous array's or tensor's first element, which stays valid while this lives."""
+        self._held.append(value)
+        if isinstance(value, torch.Tensor):
+            return value.data_ptr()
+        return int(value.ctypes.data)
 
 
 class Shape(NamedTuple):

@@ -114,11 +114,12 @@ def _rotate_and_store(counts, phase, shape, layer, batch, weights, pool, buffers
         if begin >= batch.tokens:
             return
         for token in range(begin, min(begin + at_once, batch.tokens)):
-            _rotate_token(shape, layer, batch, weights, pool, buffers, token)
+            _rotate_token(shape, layer, weights, pool, buffers, token)
 
 
 @inlined
-def _rotate_token(shape, layer, batch, weights, pool, buffers, token):
+def _rotate_token(shape, layer, weights, pool, buffers, token):
+    """One token of `_rotate_and_store`; its heads are float32 [heads + 2 kv heads, head_dim] of Buffers.qkv."""
     heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
     head_dim = 2 * half
     slot = get_long(buffers.slots, token)

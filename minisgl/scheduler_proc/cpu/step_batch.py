@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from minisgl.scheduler_proc.cpu.memory import Batch
+from minisgl.scheduler_proc.cpu.memory import Batch, Keeper
 from minisgl.scheduler_proc.cpu.tiles import BLOCK
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
-
-
-class Keeper:
-    """Holds what has been given to compiled code as an address."""
-
-    def __init__(self) -> None:
-        self._held: list[Any] = []
-
-    def address(self, value: npt.NDArray[Any] | torch.Tensor) -> int:
-        """The address of a contiguous array's or tensor's first element, which stays valid while this lives."""
-        self._held.append(value)
-        if isinstance(value, torch.Tensor):
-            return value.data_ptr()
-        return int(value.ctypes.data)
 
 
 def make_batch(plan: StepPlan, page_size: int, group: int, keeper: Keeper) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -71,18 +71,20 @@ class Team:
         others = self._jobs[: threads - 1]
         for jobs in others:
             jobs.put(job)
-        job(0)
-        errors = [self._results.get() for _ in others]
+        errors = [_attempt(job, 0), *(self._results.get() for _ in others)]
         for error in errors:
             if error is not None:
                 raise error
 
-    def _work(self, index: int, jobs: queue.SimpleQueue[Any]) -> None:
+    def _work(self, index: int, jobs: queue.SimpleQueue[Job]) -> None:
         while True:
-            job = jobs.get()
-            try:
-                job(index)
-            except BaseException as error:
-                self._results.put(error)
-            else:
-                self._results.put(None)
+            self._results.put(_attempt(jobs.get(), index))
+
+
+def _attempt(job: Job, index: int) -> BaseException | None:
+    """What a share raised, if it did."""
+    try:
+        job(index)
+    except BaseException as error:
+        return error
+    return None

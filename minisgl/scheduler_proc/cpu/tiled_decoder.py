@@ -9,10 +9,10 @@ import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.attention import SEGMENT, SHAPES
-from minisgl.scheduler_proc.cpu.memory import Buffers, Pool, Scratch, Shape, Weights
+from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Shape, Weights
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
-from minisgl.scheduler_proc.cpu.step_batch import Keeper, make_batch
+from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack, permitted, shapes_of_rows
 from minisgl.scheduler_proc.models.config import ModelConfig
