@@ -175,9 +175,9 @@ class ServerConfig:
     disable_radix_cache: bool = _flag(False, "do not reuse the keys and values of prompt prefixes seen before")
     attention_backend: str = _flag(
         "auto",
-        "attention implementation; auto is triton on CUDA and amx on x86 CPUs that have it, for the models that "
-        "decoder.py covers, else torch_sdpa",
-        choices=("auto", "triton", "amx", "torch_sdpa"),
+        "attention implementation; for the models that decoder.py covers auto is triton on CUDA, and on x86 CPUs that "
+        "have it amx or else avx512_bf16; torch_sdpa otherwise",
+        choices=("auto", "triton", "amx", "avx512_bf16", "torch_sdpa"),
     )
     enable_deterministic_inference: bool = _flag(
         False,

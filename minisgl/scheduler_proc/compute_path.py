@@ -1,4 +1,4 @@
-"""Which code computes a replica's steps: CUDA graphs of Triton kernels, AMX tiles, fixed tiles, or plain torch."""
+"""Which code computes a replica's steps: CUDA graphs of Triton kernels, a CPU's compiled steps, or plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from minisgl.config import ConfigError, ServerConfig
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
-from minisgl.scheduler_proc.device import busy_threads, share_of_cores
+from minisgl.scheduler_proc.device import busy_threads, cpu_flags, share_of_cores
 from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.models.config import parse_config, read_config
 from minisgl.scheduler_proc.models.decoder import Decoder
@@ -23,36 +23,47 @@ if TYPE_CHECKING:
     from minisgl.scheduler_proc.cuda_graphs import GraphRunner
 
 TOKENS_PER_READ = 64
-"""Tokens of a step on a CPU's tiles that are worth as many threads as reading the weights once is. With 16, and so two
+"""Tokens of a CPU's compiled step that are worth as many threads as reading the weights once is. With 16, and so two
 threads for 32 streams of the demo model, two busy cores served between 20 % less and 15 % more than with one thread."""
 
 
-def use_tiles(config: ServerConfig, directory: Path, device: torch.device, dtype: torch.dtype, page_size: int) -> bool:
-    """Whether the CPU's tiles run this model; raises ConfigError when that was asked for and cannot be."""
-    possible = (
+def cpu_instructions(
+    config: ServerConfig, directory: Path, device: torch.device, dtype: torch.dtype, page_size: int
+) -> str | None:
+    """By which instructions the CPU's compiled steps run this model, amx or avx512_bf16; None if they do not.
+
+    Raises ConfigError when one was asked for and cannot be.
+    """
+    wanted = config.attention_backend
+    found = None
+    if (
         device.type == "cpu"
         and dtype == torch.bfloat16
         and config.quantization is None
         and not config.enable_deterministic_inference
-        and config.attention_backend in ("auto", "amx")
-        and torch.cpu._is_amx_tile_supported()
+        and wanted in ("auto", "amx", "avx512_bf16")
+        and "avx512_bf16" in cpu_flags()
         and find_spec("numba") is not None
-        and _shape_fits_tiles(directory, page_size)
-    )
-    if config.attention_backend == "amx" and not possible:
+    ):
+        found = _instructions_for(directory, page_size, wanted)
+    if found is None and wanted in ("amx", "avx512_bf16"):
         raise ConfigError(
-            "--attention-backend amx needs an x86 CPU with AMX, Linux, the numba package, bfloat16, a page size that "
-            "is a multiple of 16 and a Llama, Mistral, Qwen2 or Qwen3 model; leave the flag out to use what works here"
+            f"--attention-backend {wanted} needs an x86 CPU with {wanted.replace('_', '-').upper()}, Linux, the numba "
+            "package, bfloat16, a page size that is a multiple of 16 and a Llama, Mistral, Qwen2 or Qwen3 model; leave "
+            "the flag out to use what works here"
         )
-    return possible
+    return found
 
 
-def _shape_fits_tiles(directory: Path, page_size: int) -> bool:
+def _instructions_for(directory: Path, page_size: int, wanted: str) -> str | None:
     # Imported here because numba and its compiler are needed for nothing else.
+    from minisgl.scheduler_proc.cpu.instructions import available
     from minisgl.scheduler_proc.cpu.tiled_decoder import tiles_fit
 
     model_config = parse_config(read_config(directory))
-    return model_config is not None and tiles_fit(model_config, page_size)
+    if model_config is None or not tiles_fit(model_config, page_size):
+        return None
+    return next((name for name in available() if wanted in ("auto", name)), None)
 
 
 def use_fused_kernels(config: ServerConfig, model: Model, device: torch.device) -> bool:
@@ -78,16 +89,18 @@ def be_deterministic(config: ServerConfig, model: Model) -> bool:
     return True
 
 
-def cut_into_tiles(model: Model, config: ServerConfig, progress: Callable[[int, int], None]) -> TiledDecoder:
+def cut_into_tiles(
+    model: Model, config: ServerConfig, instructions: str, progress: Callable[[int, int], None]
+) -> TiledDecoder:
     """Pack a model's matrices into tiles; `progress` is called with the layers that are done and their number."""
     from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder
 
     assert isinstance(model, Decoder)
     wanted = config.cpu_threads
     if wanted:
-        return TiledDecoder(model, wanted, lambda tokens: wanted, progress)
+        return TiledDecoder(model, wanted, lambda tokens: wanted, instructions, progress)
     most = share_of_cores(config)
-    return TiledDecoder(model, most, partial(_threads_for, most, model.weight_bytes), progress)
+    return TiledDecoder(model, most, partial(_threads_for, most, model.weight_bytes), instructions, progress)
 
 
 def _threads_for(most: int, weight_bytes: int, tokens: int) -> int:

@@ -61,11 +61,16 @@ def choose_linears(config: ServerConfig, device: torch.device, dtype: torch.dtyp
 
 
 def _cpu_multiplies_bfloat16() -> bool:
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, in Linux's words; empty elsewhere."""
     try:
-        cpu_flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
-    return "avx512_bf16" in cpu_flags or "amx_bf16" in cpu_flags
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def set_cpu_threads(config: ServerConfig, weight_bytes: int) -> int:

@@ -18,10 +18,10 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool, bytes_per_token
 from minisgl.scheduler_proc.compute_path import (
     be_deterministic,
     compile_kernels,
+    cpu_instructions,
     cut_into_tiles,
     make_graphs,
     use_fused_kernels,
-    use_tiles,
 )
 from minisgl.scheduler_proc.core import scheduler_limits
 from minisgl.scheduler_proc.device import (
@@ -54,7 +54,7 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class InFlightStep:
-    """A launched step. `result` is int64 [2, rows that sample]: token ids, and whether the logits were finite.
+    """A launched step. `result` is int64 or int32 [2, rows that sample]: token ids, and whether the logits were finite.
 
     `logprobs` are for the rows that ask. On CUDA both lie in pinned host memory and are valid once `done` has happened.
     """
@@ -123,7 +123,7 @@ class StepEngine:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         page_size = config.page_size or DEFAULT_PAGE_SIZE
-        tiled = use_tiles(config, Path(model.directory), device, dtype, page_size)
+        instructions = cpu_instructions(config, Path(model.directory), device, dtype, page_size)
         progress("loading weights", 0, 0)
         with torch.inference_mode():
             loaded = load_model(
@@ -134,11 +134,13 @@ class StepEngine:
                 dummy_seed=config.random_seed if config.load_format == "dummy" else None,
                 trust_remote_code=config.trust_remote_code,
                 progress=lambda done, total: progress("loading weights", done, total),
-                linears=PLAIN if tiled else choose_linears(config, device, dtype),
+                linears=PLAIN if instructions else choose_linears(config, device, dtype),
             )
             threads = set_cpu_threads(config, loaded.weight_bytes) if device.type == "cpu" else torch.get_num_threads()
-            tiles = cut_into_tiles(loaded, config, partial(progress, "packing weights")) if tiled else None
-            threads = tiles.threads if tiles is not None else threads
+            tiles = None
+            if instructions is not None:
+                tiles = cut_into_tiles(loaded, config, instructions, partial(progress, "packing weights"))
+                threads = tiles.threads
 
             def make_engine(num_pages: int) -> StepEngine:
                 # One page more than the scheduler may use: the graphs' padding rows write there.
@@ -251,7 +253,6 @@ class StepEngine:
 
     def _launch_fused(self, plan: StepPlan, graphs: GraphRunner) -> tuple[torch.Tensor, list[PendingLogprobs]]:
         """Start a step on the fused kernels; its results as in InFlightStep."""
-        results: list[torch.Tensor] = []
         logprobs: list[PendingLogprobs] = []
 
         def take(rows: list[StepRow], step: StepLogits) -> None:
@@ -259,15 +260,10 @@ class StepEngine:
             tokens = step.tokens
             if not always_greedy(sampling):
                 tokens = graphs.sampler.sample(sampling, step.logits, step.tokens)
-            results.append(torch.stack((tokens, step.finite.long())))
             logprobs.extend(score_rows(rows, step.logits, tokens))
 
         graphs.run(plan, take)
-        if not results:
-            return torch.empty((2, 0), dtype=torch.int64), logprobs
-        result = torch.cat(results, dim=1)
-        graphs.remember((row for row in plan.rows if row.sample), result[0])
-        return to_host(result), logprobs
+        return graphs.results.of_this_step(sum(row.sample for row in plan.rows)), logprobs
 
     def retire(self, step: InFlightStep) -> list[int]:
         """Wait for a step; one token id for each of its rows with `sample`, in row order."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import load_engine, serve, tiles_work
+from tiny_models import cpu_instructions, load_engine, serve
 from transformers import AutoModelForCausalLM
 
 import minisgl.demo_model
@@ -15,7 +15,6 @@ from minisgl.config import ModelSpec
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.models.decoder import Decoder
 
-needs_tiles = pytest.mark.skipif(not tiles_work(), reason="needs a CPU with AMX tiles, and numba")
 DIRECTORY = Path(minisgl.demo_model.__path__[0])
 SPEC = ModelSpec(str(DIRECTORY), "demo", "demo", 4096, 2560, (), "Qwen2ForCausalLM")
 NEW_TOKENS = 5
@@ -113,11 +112,11 @@ def test_every_layer_within_bfloat16_rounding(device: str, monkeypatch: pytest.M
         assert our_error < 0.02, (layer, float(our_error))
 
 
-@needs_tiles
+@pytest.mark.parametrize("backend", cpu_instructions())
 @pytest.mark.parametrize("batch", [1, 40])
-def test_greedy_tokens_on_tiles(batch: int, expected: list[list[int]]) -> None:
+def test_greedy_tokens_of_compiled_steps(batch: int, backend: str, expected: list[list[int]]) -> None:
     """In bfloat16 near ties may fall either way, as they do in transformers' own bfloat16; 1 in 100 of these do."""
-    engine = load_engine(SPEC, dtype="bfloat16", attention_backend="amx", max_total_tokens=8192, page_size=16)
+    engine = load_engine(SPEC, dtype="bfloat16", attention_backend=backend, max_total_tokens=8192, page_size=16)
     prompts = questions()[-40:]
     settings = {"max_running_requests": batch, "chunked_prefill_size": 48, "page_size": 16}
     answers, _ = serve(engine, SPEC, [(prompt, GREEDY) for prompt in prompts], **settings)

@@ -1,4 +1,4 @@
-"""Steps on AMX tiles against decoder.py. Needs a CPU with AMX, which CI machines mostly have and laptops have not."""
+"""Compiled steps against decoder.py, by all instructions that this CPU has: servers mostly have some, laptops none."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import load_engine, tiles_work
+from tiny_models import cpu_instructions, load_engine
 
-pytest.importorskip("numba", reason="the tiles' functions are compiled by numba, which is installed on x86 Linux")
+pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
 
 from minisgl.config import ConfigError
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention
 from minisgl.scheduler_proc.cpu.compiler import place_to_keep
+from minisgl.scheduler_proc.cpu.instructions import NAMES
 from minisgl.scheduler_proc.cpu.team import Team
 from minisgl.scheduler_proc.cpu.tiled_decoder import TiledDecoder, TiledForward, tiles_fit
 from minisgl.scheduler_proc.models.config import parse_config
@@ -28,10 +29,6 @@ from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch
 from minisgl.scheduler_proc.models.loader import load_model
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow
-
-needs_tiles = pytest.mark.skipif(
-    not tiles_work(), reason="this CPU has no AMX tiles, or the system does not permit them"
-)
 
 CPU = torch.device("cpu")
 PAGES, PAGE_SIZE, CONTEXT = 96, 16, 700
@@ -91,13 +88,20 @@ def load(directory: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> D
     return model
 
 
-def on_tiles(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> TiledForward:
+@pytest.fixture(params=list(NAMES))
+def instructions(request: pytest.FixtureRequest) -> str:
+    if request.param not in cpu_instructions():
+        pytest.skip("this CPU does not have them, or the system does not permit them")
+    return str(request.param)
+
+
+def on_tiles(model: Decoder, instructions: str, threads: int = 2, page_size: int = PAGE_SIZE) -> TiledForward:
     pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, torch.bfloat16, CPU)
-    return TiledDecoder(model, threads, lambda tokens: threads, lambda done, total: None).over(pool)
+    return TiledDecoder(model, threads, lambda tokens: threads, instructions, lambda done, total: None).over(pool)
 
 
-def tiled_forward(model: Decoder, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
-    return on_tiles(model, threads, page_size).logits
+def tiled_forward(model: Decoder, instructions: str, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
+    return on_tiles(model, instructions, threads, page_size).logits
 
 
 def plain_forward(model: Decoder, page_size: int = PAGE_SIZE) -> Forward:
@@ -153,17 +157,19 @@ def random_steps(chance: random.Random, requests: list[Request]) -> list[list[St
     return steps
 
 
-@needs_tiles
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("threads", "page_size"), [(1, 16), (3, 32)])
 def test_logits_are_as_near_to_float32_as_plain_bfloat16(
-    family: str, threads: int, page_size: int, tmp_path: Path
+    family: str, threads: int, page_size: int, instructions: str, tmp_path: Path
 ) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
     half = load(tmp_path, family)
-    tiled, plain = tiled_forward(load(tmp_path, family), threads, page_size), plain_forward(half, page_size)
+    tiled, plain = (
+        tiled_forward(load(tmp_path, family), instructions, threads, page_size),
+        plain_forward(half, page_size),
+    )
     exact = load(tmp_path, family, torch.float32)
     for (_, target), (_, source) in zip(exact.weights.named_tensors(), half.weights.named_tensors(), strict=True):
         target.copy_(source)
@@ -179,12 +185,11 @@ def test_logits_are_as_near_to_float32_as_plain_bfloat16(
     assert error < 1.1 * plain_error, f"error {error}, that of plain bfloat16 {plain_error}"
 
 
-@needs_tiles
-def test_a_row_is_the_same_alone_and_beside_others_chunked_or_not(tmp_path: Path) -> None:
+def test_a_row_is_the_same_alone_and_beside_others_chunked_or_not(instructions: str, tmp_path: Path) -> None:
     """To the bit: every sum is made in the same order, whatever else is computed."""
     chance = random.Random(3)
     model = load(tmp_path, "qwen2")
-    forward = tiled_forward(model)
+    forward = tiled_forward(model, instructions)
     requests = new_requests(chance, [300, *(chance.randint(1, 30) for _ in range(40))])
     request = requests[0]
     whole = run(forward, [StepRow(request, 0, 300, True)])
@@ -203,11 +208,10 @@ def test_a_row_is_the_same_alone_and_beside_others_chunked_or_not(tmp_path: Path
                 assert torch.equal(run(forward, [row])[0], beside[0])
 
 
-@needs_tiles
-def test_what_overflows_stays_with_its_request(tmp_path: Path) -> None:
+def test_what_overflows_stays_with_its_request(instructions: str, tmp_path: Path) -> None:
     model = load(tmp_path, "qwen2")
     model.weights.embedding[7] = float("inf")
-    forward = tiled_forward(model)
+    forward = tiled_forward(model, instructions)
     pages = [3, 4]
     sampling = SamplingParams(temperature=0.0)
     good = Request(0, [1, 2, 3], 3, sampling, 1, frozenset(), [], pages=pages)
@@ -219,17 +223,18 @@ def test_what_overflows_stays_with_its_request(tmp_path: Path) -> None:
     assert torch.isfinite(before[0, :7]).all() and torch.equal(before[0, :7], after[0, :7])
 
 
-@needs_tiles
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_likeliest_tokens_are_those_of_the_largest_logits(family: str, threads: int, tmp_path: Path) -> None:
+def test_the_likeliest_tokens_are_those_of_the_largest_logits(
+    family: str, threads: int, instructions: str, tmp_path: Path
+) -> None:
     """The first of several that are equal; vocabularies of 300 and 333 do not fill the last columns."""
     chance = random.Random(5)
     model = load(tmp_path, family)
     # Every token has a twin, so that every largest logit is there twice.
     half = len(model.weights.head) // 2
     model.weights.head[half : 2 * half] = model.weights.head[:half]
-    forward = on_tiles(model, threads)
+    forward = on_tiles(model, instructions, threads)
     compared = 0
     for rows in random_steps(chance, new_requests(chance, [chance.randint(1, 30) for _ in range(45)])):
         tokens, finite = forward.likeliest(plan_of(rows))
@@ -240,24 +245,24 @@ def test_the_likeliest_tokens_are_those_of_the_largest_logits(family: str, threa
     assert compared > 40
 
 
-@needs_tiles
-def test_likeliest_of_logits_that_are_not_numbers(tmp_path: Path) -> None:
+def test_likeliest_of_logits_that_are_not_numbers(instructions: str, tmp_path: Path) -> None:
     model = load(tmp_path, "llama")
     model.weights.head[7] = float("nan")
-    forward = on_tiles(model)
+    forward = on_tiles(model, instructions)
     request = new_requests(random.Random(6), [3])[0]
     assert forward.likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist() == [[7], [0]]
     assert forward.likeliest(plan_of([StepRow(request, 0, 2, False)])).tolist() == [[], []]
     model = load(tmp_path, "llama")
     model.weights.norm[:] = float("nan")
-    tokens, finite = on_tiles(model).likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist()
+    tokens, finite = on_tiles(model, instructions).likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist()
     assert (tokens, finite) == ([0], [0])
 
 
+@pytest.mark.parametrize("backend", list(NAMES))
 @pytest.mark.parametrize("settings", [{"dtype": "float32"}, {"dtype": "bfloat16", "page_size": 8}])
-def test_tiles_that_cannot_be_are_refused(settings: dict[str, Any], checkpoint: Any) -> None:
-    with pytest.raises(ConfigError, match="--attention-backend amx needs"):
-        load_engine(checkpoint("qwen2").spec, attention_backend="amx", **settings)
+def test_compiled_steps_that_cannot_be_are_refused(backend: str, settings: dict[str, Any], checkpoint: Any) -> None:
+    with pytest.raises(ConfigError, match=f"--attention-backend {backend} needs"):
+        load_engine(checkpoint("qwen2").spec, attention_backend=backend, **settings)
 
 
 def test_shapes_that_are_not_whole_tiles_do_not_fit() -> None:

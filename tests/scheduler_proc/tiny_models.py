@@ -190,10 +190,10 @@ def serve(
     return outputs, core
 
 
-def tiles_work() -> bool:
-    """Whether this machine can run steps on AMX tiles."""
+def cpu_instructions() -> list[str]:
+    """By which instructions this machine can run compiled steps."""
     if find_spec("numba") is None:
-        return False
-    from minisgl.scheduler_proc.cpu.tiles import permitted
+        return []
+    from minisgl.scheduler_proc.cpu.instructions import available
 
-    return permitted()
+    return available()

@@ -1,8 +1,8 @@
 """Attention of one tile: 16 query heads that share a key head, against the pages before them.
 
-The pool keeps blocks of 16 tokens. For each key head a block has the keys [16, head_dim], then the values transposed,
-[head_dim, 16], so that both are tiles as they lie. Scores come out transposed, too, [keys, queries]: the softmax then
-runs down columns, sixteen at a time.
+The pool keeps blocks of 16 tokens. For each key head a block has the keys [16, head_dim] in tiles, then the values
+transposed, [head_dim, 16], so that both can be multiplied as they lie. Scores come out transposed, too, [keys,
+queries]: the softmax then runs down columns, sixteen at a time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
-from minisgl.scheduler_proc.cpu.intrinsics import tile_load, tile_multiply, tile_shapes, tile_store, tile_zero
+from minisgl.scheduler_proc.cpu.instructions import score, sum_values
 from minisgl.scheduler_proc.cpu.memory import (
     get_float,
     get_int,
-    get_long,
     get_word,
     set_float,
     set_int,
@@ -23,27 +22,12 @@ from minisgl.scheduler_proc.cpu.memory import (
     set_word,
 )
 from minisgl.scheduler_proc.cpu.numbers import LOG2_E, exp2, to_bfloat16
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, place_in_tiles
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, place_in_tiles
 
 SEGMENT = 256
 """Keys whose scores are in the first-level cache together."""
-AT_ONCE = 4
-"""Blocks of keys, and blocks of 16 value columns, whose sums are in tiles together."""
 LOWEST = np.float32(-1e30)
 """Below every score; finite, so that no difference of two is NaN."""
-
-zero_0, zero_1, zero_2, zero_3 = tile_zero(0), tile_zero(1), tile_zero(2), tile_zero(3)
-load_keys, load_queries = tile_load(4), tile_load(6)
-load_values, load_weights = tile_load(5), tile_load(7)
-store_0, store_1, store_2, store_3 = tile_store(0), tile_store(1), tile_store(2), tile_store(3)
-score_0, score_1, score_2, score_3 = (tile_multiply(tile, 4, 6) for tile in range(4))
-sum_0, sum_1, sum_2, sum_3 = (tile_multiply(tile, 5, 7) for tile in range(4))
-
-SHAPES = tile_shapes(
-    {0: (16, 64), 1: (16, 64), 2: (16, 64), 3: (16, 64), 4: (16, 64), 5: (16, 32), 6: (16, 64), 7: (8, 64)}
-)
-"""Sums in 0 to 3; 16 keys by 32 columns in 4, 32 columns by 16 queries in 6; 16 columns by 16 values in 5, 16 weights
-by 16 queries in 7."""
 
 
 @inlined
@@ -56,65 +40,6 @@ def block_bytes(shape):
 def head_bytes(shape):
     """Of one head's 16 keys, which its 16 values follow."""
     return BLOCK * 2 * shape.half * 2
-
-
-@compiled
-def _score(blocks, count, depths, queries, scores):
-    """Products of every key with 16 queries, float32 [keys, 16] at `scores`; blocks go on to a multiple of 4."""
-    row_bytes = depths * DEPTH * 2
-    for block in range(0, count, AT_ONCE):
-        zero_0()
-        zero_1()
-        zero_2()
-        zero_3()
-        for depth in range(depths):
-            load_queries(queries + depth * 1024, 64)
-            load_keys(get_long(blocks, block) + depth * 64, row_bytes)
-            score_0()
-            load_keys(get_long(blocks, block + 1) + depth * 64, row_bytes)
-            score_1()
-            load_keys(get_long(blocks, block + 2) + depth * 64, row_bytes)
-            score_2()
-            load_keys(get_long(blocks, block + 3) + depth * 64, row_bytes)
-            score_3()
-        here = scores + block * 1024
-        store_0(here, 64)
-        store_1(here + 1024, 64)
-        store_2(here + 2048, 64)
-        store_3(here + 3072, 64)
-
-
-@compiled
-def _sum_values(blocks, count, offset, columns, weights, sums):
-    """Weighted sums of 32 or 64 value columns, float32 [columns, 16] at `sums`; values are `offset` after keys."""
-    zero_0()
-    zero_1()
-    if columns == 64:
-        zero_2()
-        zero_3()
-        for block in range(count):
-            values = get_long(blocks, block) + offset
-            load_weights(weights + block * 512, 64)
-            load_values(values, 32)
-            sum_0()
-            load_values(values + 512, 32)
-            sum_1()
-            load_values(values + 1024, 32)
-            sum_2()
-            load_values(values + 1536, 32)
-            sum_3()
-        store_2(sums + 2048, 64)
-        store_3(sums + 3072, 64)
-    else:
-        for block in range(count):
-            values = get_long(blocks, block) + offset
-            load_weights(weights + block * 512, 64)
-            load_values(values, 32)
-            sum_0()
-            load_values(values + 512, 32)
-            sum_1()
-    store_0(sums, 64)
-    store_1(sums + 1024, 64)
 
 
 @compiled
@@ -206,7 +131,7 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
     for key in range(first_key, end_key, SEGMENT):
         blocks = (min(SEGMENT, end_key - key) + BLOCK - 1) // BLOCK
         page, offset = key // page_size, key % page_size
-        for block in range((blocks + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
+        for block in range((blocks + BLOCKS_AT_ONCE - 1) // BLOCKS_AT_ONCE * BLOCKS_AT_ONCE):
             slot = get_int(pages, page) * page_size + offset
             keys = pool + slot // BLOCK * block_bytes(shape) + kv_head * 2 * head_bytes(shape)
             set_long(scratch.blocks, block, keys)
@@ -215,7 +140,7 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
                 offset += BLOCK
                 if offset == page_size:
                     page, offset = page + 1, 0
-        _score(scratch.blocks, blocks, head_dim // DEPTH, scratch.query_tile, scratch.scores)
+        score(scratch, blocks, head_dim // DEPTH)
         # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
         hidden = 0 if key < get_int(scratch.lows, BLOCK - 1) else max(get_int(scratch.limits, 0) - key, 0)
         if hidden < blocks * BLOCK:
@@ -224,7 +149,7 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
         for column in range(0, head_dim, 64):
             width = min(64, head_dim - column)
             values = head_bytes(shape) + column * BLOCK * 2
-            _sum_values(scratch.blocks, blocks, values, width, scratch.weights, scratch.sums)
+            sum_values(scratch, blocks, values, width)
             _merge(scratch.output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
     token, head = first // group, first % group
     for index in range(last - first + 1):

@@ -16,10 +16,13 @@ Compiler: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _SOURCES = Path(__file__).parent
 
-# LLVM avoids vectors of 512 bits since they lower the clock of the first CPUs that had them; those with AMX do not.
+# LLVM avoids vectors of 512 bits since they lower the clock of the first CPUs that had them, which do not run this.
+# Code for AMX and AVX512-BF16 is compiled on every CPU, and runs where it can.
 _settings: Any = numba.config
 _settings.CPU_NAME = llvmlite.binding.get_host_cpu_name()
-_settings.CPU_FEATURES = llvmlite.binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+_settings.CPU_FEATURES = llvmlite.binding.get_host_cpu_features().flatten() + (
+    ",-prefer-256-bit,+amx-tile,+amx-bf16,+avx512bf16"
+)
 
 
 def place_to_keep(sources: Path, homes: Sequence[Path]) -> Path | None:

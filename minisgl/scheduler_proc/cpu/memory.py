@@ -161,8 +161,9 @@ class Scratch(NamedTuple):
 
     Attributes:
         thread: its number.
+        instructions: which multiply, see instructions.py.
         sums: float32 [32, 32], a product's outputs as they leave the tiles.
-        shapes: tile shapes for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
+        shapes: of AMX's tiles, for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
         query_tile: words [half, 16], two bfloat16 each: a tile of queries.
         lows, limits: int32 [16], which keys its queries see.
         blocks: int64, addresses of the keys of a segment's blocks.
@@ -173,6 +174,7 @@ class Scratch(NamedTuple):
     """
 
     thread: int
+    instructions: int
     sums: int
     shapes: int
     attention_shapes: int

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
-from minisgl.scheduler_proc.cpu.intrinsics import tile_configure
+from minisgl.scheduler_proc.cpu.instructions import multiply, prepare_rows
 from minisgl.scheduler_proc.cpu.memory import get_float, get_int, set_float, set_int, set_long, set_short
 from minisgl.scheduler_proc.cpu.numbers import silu, to_bfloat16
-from minisgl.scheduler_proc.cpu.team import take
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, multiply, place_in_tiles
+from minisgl.scheduler_proc.cpu.team import take, take_run
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, place_in_tiles
 
 GROUP_BYTES = 2**20
 """Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
@@ -25,7 +25,7 @@ largest outputs of each row are kept, with the columns that they are from."""
 
 
 @inlined
-def multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bias, target, scratch):
+def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, columns, bias, target, scratch):
     """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
 
     Args:
@@ -39,28 +39,29 @@ def multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bi
     pairs = (columns + width - 1) // width
     group = max(GROUP_BYTES // (depths * DEPTH * 2 * PAIR), 1) * PAIR
     groups = (rows + group - 1) // group
-    configured = 0
+    prepared = 0
+    pair_bytes = 2 * depths * TILE_BYTES
     if kind == CHOOSE:
         for row in range(rows):
             for lane in range(BLOCK):
                 set_float(target, row * 2 * BLOCK + lane, np.float32(-np.inf))
                 set_int(target, row * 2 * BLOCK + BLOCK + lane, np.int32(0))
-    while True:
-        item = take(counts, phase)
-        if item >= pairs * groups:
-            return
+    item, last = take_run(counts, phase, threads, pairs * groups)
+    while item < last:
         begin, pair = item // pairs * group, item % pairs
+        end = min(begin + group, rows)
         column = pair * width
         here = min(width, columns - column)
-        first = pair if kind == ACTIVATE else 2 * pair
-        second = pair + pairs if kind == ACTIVATE else first + 1
         gate_bias = bias + 4 * column if bias else 0
-        for row in range(begin, min(begin + group, rows), PAIR):
+        blocks = weight + pair * pair_bytes
+        for row in range(begin, end, PAIR):
             count = min(PAIR, rows - row)
-            if count != configured:
-                tile_configure(scratch.shapes + 64 * count)
-                configured = count
-            multiply(weight, first, second, depths, source + place_in_tiles(row, 0, depths), count, scratch.sums)
+            if count != prepared:
+                prepare_rows(scratch, count)
+                prepared = count
+            reads_on = row + PAIR >= end and item + 1 < last and pair + 1 < pairs
+            next_blocks = blocks + pair_bytes if reads_on else blocks
+            multiply(scratch, blocks, next_blocks, depths, source + place_in_tiles(row, 0, depths), count)
             if kind == CHOOSE:
                 _keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
             else:
@@ -69,6 +70,9 @@ def multiply_rows(counts, phase, kind, source, depths, rows, weight, columns, bi
                     place = target + place_in_tiles(row, column, columns // DEPTH)
                     stride = columns // DEPTH * TILE_BYTES
                 _use_sums(kind, scratch.sums, count, here, gate_bias, gate_bias + 4 * columns, place, stride)
+        item += 1
+        if item == last:
+            item, last = take_run(counts, phase, threads, pairs * groups)
 
 
 @compiled

@@ -12,7 +12,7 @@ import numpy as np
 
 from minisgl.scheduler_proc.cpu.attention import attend, block_bytes, head_bytes
 from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
-from minisgl.scheduler_proc.cpu.intrinsics import tile_configure, tile_release
+from minisgl.scheduler_proc.cpu.instructions import finish, prepare_attention
 from minisgl.scheduler_proc.cpu.memory import (
     get_float,
     get_int,
@@ -122,6 +122,7 @@ def _rotate_token(shape, layer, weights, pool, buffers, token):
     """One token of `_rotate_and_store`; its heads are float32 [heads + 2 kv heads, head_dim] of Buffers.qkv."""
     heads, kv_heads, half = shape.heads, shape.kv_heads, shape.half
     head_dim = 2 * half
+    depths = head_dim // DEPTH
     slot = get_long(buffers.slots, token)
     block = pool + slot // BLOCK * block_bytes(shape)
     place = slot % BLOCK
@@ -133,21 +134,24 @@ def _rotate_token(shape, layer, weights, pool, buffers, token):
                 norm = weights.head_norms + 4 * (layer * (heads + kv_heads) + number) * head_dim
                 _scale_head(head, head_dim, norm, shape.epsilon)
             _rotate(head, half, cos, sin)
-        if number < heads:
-            target, step = buffers.query + 2 * (token * heads + number) * head_dim, 1
-        elif number < heads + kv_heads:
-            target, step = block + (number - heads) * 2 * head_bytes(shape) + 2 * place * head_dim, 1
-        else:
-            values = ((number - heads - kv_heads) * 2 + 1) * head_bytes(shape)
-            target, step = block + values + 2 * place, BLOCK
         # What overflows must not stay in pages that another request gets: zero times NaN is NaN.
-        for column in range(head_dim):
-            set_short(target, column * step, finite_or_zero(to_bfloat16(get_float(head, column))))
+        if number >= heads + kv_heads:
+            target = block + ((number - heads - kv_heads) * 2 + 1) * head_bytes(shape) + 2 * place
+            for column in range(head_dim):
+                set_short(target, column * BLOCK, finite_or_zero(to_bfloat16(get_float(head, column))))
+            continue
+        for column in range(0, head_dim, DEPTH):
+            if number < heads:
+                target = buffers.query + 2 * ((token * heads + number) * head_dim + column)
+            else:
+                target = block + (number - heads) * 2 * head_bytes(shape) + place_in_tiles(place, column, depths)
+            for lane in range(DEPTH):
+                set_short(target, lane, finite_or_zero(to_bfloat16(get_float(head, column + lane))))
 
 
 @inlined
 def _attend_all(counts, phase, shape, layer, batch, weights, pool, page_size, buffers, scratch):
-    tile_configure(scratch.attention_shapes)
+    prepare_attention(scratch)
     window = get_int(weights.windows, layer)
     while True:
         item = take(counts, phase)
@@ -233,7 +237,7 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             kind, source, depths = ADD, buffers.activated, shape.intermediate // DEPTH
             columns, target = shape.hidden, hidden
             bias = weights.down_bias + 4 * layer * shape.hidden
-        multiply_rows(counts, phase, kind, source, depths, rows, matrix, columns, bias, target, scratch)
+        multiply_rows(counts, phase, threads, kind, source, depths, rows, matrix, columns, bias, target, scratch)
         phase = wait_for_all(counts, threads, phase)
         if kind == ADD:
             following = 2 * layer + (1 if number == 1 else 2)
@@ -244,4 +248,4 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             phase = wait_for_all(counts, threads, phase)
     if buffers.logits == 0:
         choose_tokens(counts, phase, threads, batch, buffers)
-    tile_release()
+    finish(scratch)

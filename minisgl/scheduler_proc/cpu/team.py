@@ -34,6 +34,18 @@ def take(counts, phase):
 
 
 @inlined
+def take_run(counts, phase, threads, items):
+    """Some of the items that no thread has taken yet, the first and the one after the last; equal if none are left.
+
+    They are a share of what is left, so that each thread mostly reads on where it is and all are done together.
+    """
+    place = counts + _LINE * (phase + 1)
+    count = max((items - atomic_load(place)) // (2 * threads), 1)
+    begin = atomic_add(place, count)
+    return begin, min(begin + count, items)
+
+
+@inlined
 def wait_for_all(counts, threads, phase):
     """Wait until all threads are through with a phase; returns the next one's number."""
     everyone, sleepers = threads * (phase + 1), counts + 8

@@ -1,4 +1,4 @@
-"""A Decoder on a CPU with AMX: its weights packed into tiles, its steps run by a team of threads."""
+"""A Decoder on a CPU: its weights packed into tiles, its steps compiled and run by a team of threads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
-from minisgl.scheduler_proc.cpu.attention import SEGMENT, SHAPES
+from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, shapes_of_rows
+from minisgl.scheduler_proc.cpu.attention import SEGMENT
+from minisgl.scheduler_proc.cpu.instructions import NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Shape, Weights
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack, permitted, shapes_of_rows
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
@@ -24,9 +26,9 @@ KEPT_LOGITS = 256
 
 
 def tiles_fit(config: ModelConfig, page_size: int) -> bool:
-    """Whether a model's matrices and pages can be cut into whole tiles, and this machine has tiles."""
+    """Whether a model's matrices and pages can be cut into whole tiles."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    return all(size % DEPTH == 0 for size in sizes) and page_size % BLOCK == 0 and permitted()
+    return all(size % DEPTH == 0 for size in sizes) and page_size % BLOCK == 0
 
 
 class TiledDecoder:
@@ -37,6 +39,7 @@ class TiledDecoder:
 
     Args:
         threads: most that run a step; `threads_for` says how many of them are worth it for a number of tokens.
+        instructions: that multiply, one of instructions.available().
         progress: called with the layers packed and their number.
     """
 
@@ -45,6 +48,7 @@ class TiledDecoder:
         decoder: Decoder,
         threads: int,
         threads_for: Callable[[int], int],
+        instructions: str,
         progress: Callable[[int, int], None],
     ) -> None:
         config = decoder.config
@@ -72,7 +76,9 @@ class TiledDecoder:
         self._threads_for = threads_for
         self._counts = counters(config.num_layers * PHASES_PER_LAYER + OTHER_PHASES)
         self._counts_address = self._keeper.address(self._counts)
-        self._scratch = [self._make_scratch(thread) for thread in range(threads)]
+        self._scratch = [
+            make_scratch(thread, NAMES[instructions], config.head_dim, self._keeper) for thread in range(threads)
+        ]
         self._rows = self._sampled_rows = 0
 
     def over(self, pool: KVPool) -> TiledForward:
@@ -103,7 +109,7 @@ class TiledDecoder:
             progress(len(packed), config.num_layers)
             packed.append([])
             for name in ("qkv", "output", "gate_up", "down"):
-                packed[-1].append(self._pack_matrix(getattr(layer, name)))
+                packed[-1].append(self._pack_matrix(getattr(layer, name), halves=2 if name == "gate_up" else 1))
                 setattr(layer, name, getattr(layer, name).new_empty(0))
         head = self._pack_matrix(weights.head)
         self.weight_bytes += weights.embedding.nbytes
@@ -127,8 +133,8 @@ class TiledDecoder:
             frequencies=self._floats([decoder.rope.inverse_frequencies]),
         )
 
-    def _pack_matrix(self, matrix: torch.Tensor) -> int:
-        packed = pack(matrix)
+    def _pack_matrix(self, matrix: torch.Tensor, halves: int = 1) -> int:
+        packed = pack(matrix, halves)
         self.weight_bytes += packed.nbytes
         return self._keeper.address(packed)
 
@@ -170,30 +176,6 @@ class TiledDecoder:
             likeliest=0,
         )
 
-    def _make_scratch(self, thread: int) -> Scratch:
-        head_dim = self._config.head_dim
-
-        def room(size: int, dtype: type[np.generic]) -> int:
-            return self._keeper.address(np.zeros(size, dtype))
-
-        return Scratch(
-            thread=thread,
-            # Attention's sums, [64, 16] at most, take as much.
-            sums=room(PAIR * PAIR, np.float32),
-            shapes=self._keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
-            attention_shapes=self._keeper.address(SHAPES),
-            query_tile=room(head_dim // 2 * BLOCK, np.uint32),
-            lows=room(BLOCK, np.int32),
-            limits=room(BLOCK, np.int32),
-            blocks=room(SEGMENT // BLOCK, np.int64),
-            scores=room(SEGMENT * BLOCK, np.float32),
-            weights=room(SEGMENT // 2 * BLOCK, np.uint32),
-            highest=room(BLOCK, np.float32),
-            totals=room(BLOCK, np.float32),
-            shrink=room(BLOCK, np.float32),
-            output=room(head_dim * BLOCK, np.float32),
-        )
-
 
 class TiledForward:
     """A TiledDecoder over one KV pool."""
@@ -223,3 +205,29 @@ class TiledForward:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def make_scratch(thread: int, instructions: int, head_dim: int, keeper: Keeper) -> Scratch:
+    """Memory for one thread, held by `keeper`; for `instructions` see instructions.py."""
+
+    def room(size: int, dtype: type[np.generic]) -> int:
+        return keeper.address(np.zeros(size, dtype))
+
+    return Scratch(
+        thread=thread,
+        instructions=instructions,
+        # Attention's sums, [64, 16] at most, take as much.
+        sums=room(PAIR * PAIR, np.float32),
+        shapes=keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
+        attention_shapes=keeper.address(ATTENTION_SHAPES),
+        query_tile=room(head_dim // 2 * BLOCK, np.uint32),
+        lows=room(BLOCK, np.int32),
+        limits=room(BLOCK, np.int32),
+        blocks=room(SEGMENT // BLOCK, np.int64),
+        scores=room(SEGMENT * BLOCK, np.float32),
+        weights=room(SEGMENT // 2 * BLOCK, np.uint32),
+        highest=room(BLOCK, np.float32),
+        totals=room(BLOCK, np.float32),
+        shrink=room(BLOCK, np.float32),
+        output=room(head_dim * BLOCK, np.float32),
+    )

@@ -1,0 +1,227 @@
+"""Products on the tiles of Intel's AMX.
+
+Tiles are eight registers (Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, chapter 18): up to 16
+rows of 64 bytes each. A product adds A [rows, 2 k] times B [k, columns, 2] to C [rows, columns].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import types
+
+from minisgl.scheduler_proc.cpu.compiler import compiled
+from minisgl.scheduler_proc.cpu.intrinsics import BYTE, POINTER, VOID, Intrinsic, call, intrinsic, prefetch
+from minisgl.scheduler_proc.cpu.memory import get_long
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
+
+AHEAD = 4096
+"""Bytes of a weight that are asked for ahead of their use, from memory or from the second-level cache."""
+
+
+def permitted() -> bool:
+    """Whether this CPU has tiles and the system lets this process use them, which is asked for here."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def _tile(number: int) -> Any:
+    return ir.Constant(BYTE, number)
+
+
+def tile_zero(tile: int) -> Intrinsic:
+    """() -> None: set a tile to zero."""
+
+    @intrinsic
+    def zero(context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            call(builder, "llvm.x86.tilezero", VOID, [_tile(tile)])
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return zero
+
+
+def tile_load(tile: int) -> Intrinsic:
+    """(address, stride in bytes) -> None: load a tile's rows, each `stride` after the one before."""
+    return _tile_transfer(tile, "llvm.x86.tileloadd64")
+
+
+def tile_store(tile: int) -> Intrinsic:
+    """(address, stride in bytes) -> None: the way back."""
+    return _tile_transfer(tile, "llvm.x86.tilestored64")
+
+
+def _tile_transfer(tile: int, instruction: str) -> Intrinsic:
+    @intrinsic
+    def transfer(context: Any, address: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, stride = arguments
+            call(builder, instruction, VOID, [_tile(tile), builder.inttoptr(address, POINTER), stride])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return transfer
+
+
+def tile_multiply(c: int, a: int, b: int) -> Intrinsic:
+    """() -> None: C += A B, of bfloat16 with float32 sums."""
+
+    @intrinsic
+    def multiply(context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            call(builder, "llvm.x86.tdpbf16ps", VOID, [_tile(c), _tile(a), _tile(b)])
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return multiply
+
+
+@intrinsic
+def tile_configure(context: Any, address: Any) -> Any:
+    """(address of a configuration) -> None: set the shapes of this thread's tiles; see `tile_shapes`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        call(builder, "llvm.x86.ldtilecfg", VOID, [builder.inttoptr(arguments[0], POINTER)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def tile_release(context: Any) -> Any:
+    """() -> None: give the tiles back, so that the system need not save them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        call(builder, "llvm.x86.tilerelease", VOID, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def tile_shapes(shapes: dict[int, tuple[int, int]]) -> npt.NDArray[np.uint8]:
+    """The 64 bytes that `tile_configure` wants, from tile numbers to (rows, bytes a row)."""
+    configuration = np.zeros(64, np.uint8)
+    configuration[0] = 1
+    for tile, (rows, row_bytes) in shapes.items():
+        configuration[16:32].view(np.uint16)[tile] = row_bytes
+        configuration[48 + tile] = rows
+    return configuration
+
+
+zero_0, zero_1, zero_2, zero_3 = (tile_zero(tile) for tile in range(4))
+store_0, store_1, store_2, store_3 = (tile_store(tile) for tile in range(4))
+
+load_4, load_5, load_6, load_7 = (tile_load(tile) for tile in range(4, 8))
+multiply_046, multiply_147 = tile_multiply(0, 4, 6), tile_multiply(1, 4, 7)
+multiply_256, multiply_357 = tile_multiply(2, 5, 6), tile_multiply(3, 5, 7)
+
+load_keys, load_values, load_queries, load_weights = load_4, load_5, load_6, load_7
+score_0, score_1, score_2, score_3 = (tile_multiply(tile, 4, 6) for tile in range(4))
+sum_0, sum_1, sum_2, sum_3 = (tile_multiply(tile, 5, 7) for tile in range(4))
+
+ATTENTION_SHAPES = tile_shapes(
+    {0: (16, 64), 1: (16, 64), 2: (16, 64), 3: (16, 64), 4: (16, 64), 5: (16, 32), 6: (16, 64), 7: (8, 64)}
+)
+"""Sums in 0 to 3; 16 keys by 32 columns in 4, 32 columns by 16 queries in 6; 16 columns by 16 values in 5, 16 weights
+by 16 queries in 7."""
+
+
+def shapes_of_rows(rows: int) -> np.ndarray:
+    """Tile shapes for products of up to 32 rows: outputs in tiles 0 to 3, rows in 4 and 5, weights in 6 and 7."""
+    upper, lower = max(min(rows, BLOCK), 1), max(rows - BLOCK, 1)
+    row_counts = (upper, upper, lower, lower, upper, lower, BLOCK, BLOCK)
+    return tile_shapes({tile: (count, 64) for tile, count in enumerate(row_counts)})
+
+
+@compiled
+def multiply(pair, depths, rows, count, sums):
+    """Products of up to 32 rows with a pair of blocks; see instructions.py. The tiles must have their shapes."""
+    both = count > BLOCK
+    zero_0()
+    zero_1()
+    if both:
+        zero_2()
+        zero_3()
+    for depth in range(depths):
+        here, lines = rows + depth * TILE_BYTES, pair + depth * 2 * TILE_BYTES
+        for ahead in range(AHEAD, AHEAD + 2 * TILE_BYTES, LINE):
+            prefetch(lines + ahead)
+        load_4(here, LINE)
+        load_6(lines, 2 * LINE)
+        multiply_046()
+        load_7(lines + LINE, 2 * LINE)
+        multiply_147()
+        if both:
+            load_5(here + depths * TILE_BYTES, LINE)
+            multiply_256()
+            multiply_357()
+    if both:
+        store_2(sums + BLOCK * PAIR * 4, PAIR * 4)
+        store_3(sums + BLOCK * PAIR * 4 + BLOCK * 4, PAIR * 4)
+    store_0(sums, PAIR * 4)
+    store_1(sums + BLOCK * 4, PAIR * 4)
+
+
+@compiled
+def score(blocks, count, depths, queries, scores):
+    """Products of keys with queries; see instructions.py."""
+    for block in range(0, count, BLOCKS_AT_ONCE):
+        zero_0()
+        zero_1()
+        zero_2()
+        zero_3()
+        for depth in range(depths):
+            load_queries(queries + depth * TILE_BYTES, LINE)
+            load_keys(get_long(blocks, block) + depth * TILE_BYTES, LINE)
+            score_0()
+            load_keys(get_long(blocks, block + 1) + depth * TILE_BYTES, LINE)
+            score_1()
+            load_keys(get_long(blocks, block + 2) + depth * TILE_BYTES, LINE)
+            score_2()
+            load_keys(get_long(blocks, block + 3) + depth * TILE_BYTES, LINE)
+            score_3()
+        here = scores + block * 1024
+        store_0(here, LINE)
+        store_1(here + 1024, LINE)
+        store_2(here + 2048, LINE)
+        store_3(here + 3072, LINE)
+
+
+@compiled
+def sum_values(blocks, count, offset, columns, weights, sums):
+    """Weighted sums of values; see instructions.py."""
+    zero_0()
+    zero_1()
+    if columns == 64:
+        zero_2()
+        zero_3()
+        for block in range(count):
+            values = get_long(blocks, block) + offset
+            load_weights(weights + block * 512, LINE)
+            load_values(values, 32)
+            sum_0()
+            load_values(values + 512, 32)
+            sum_1()
+            load_values(values + 1024, 32)
+            sum_2()
+            load_values(values + 1536, 32)
+            sum_3()
+        store_2(sums + 2048, LINE)
+        store_3(sums + 3072, LINE)
+    else:
+        for block in range(count):
+            values = get_long(blocks, block) + offset
+            load_weights(weights + block * 512, LINE)
+            load_values(values, 32)
+            sum_0()
+            load_values(values + 512, 32)
+            sum_1()
+    store_0(sums, LINE)
+    store_1(sums + 1024, LINE)

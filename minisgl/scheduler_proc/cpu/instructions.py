@@ -1,0 +1,85 @@
+"""Which instructions multiply: the tiles of AMX, or the vectors of AVX512-BF16. A step is the same with both.
+
+Each is chosen when a step runs, by Scratch.instructions, and compiled on every CPU: what is compiled for one of them
+runs there only.
+"""
+
+from __future__ import annotations
+
+from minisgl.scheduler_proc.cpu import amx, avx512
+from minisgl.scheduler_proc.cpu.compiler import inlined
+
+AMX, AVX512_BF16 = 0, 1
+NAMES = {"amx": AMX, "avx512_bf16": AVX512_BF16}
+"""By the values of --attention-backend, the faster one first."""
+
+
+def available() -> list[str]:
+    """The names of those that this CPU has, and that the system lets this process use."""
+    permitted = {"amx": amx.permitted, "avx512_bf16": avx512.permitted}
+    return [name for name in NAMES if permitted[name]()]
+
+
+@inlined
+def prepare_rows(scratch, count):
+    """Get ready to `multiply` so many rows."""
+    if scratch.instructions == AMX:
+        amx.tile_configure(scratch.shapes + 64 * count)
+
+
+@inlined
+def multiply(scratch, pair, next_pair, depths, rows, count):
+    """Products of up to 32 rows with a pair of blocks of a packed weight, to scratch.sums.
+
+    Args:
+        pair: its address.
+        next_pair: of the one that is multiplied after it, which may be asked for in time.
+        depths: input columns / 32.
+        rows: address of the first row, in tiles, with which a tile begins.
+    """
+    if scratch.instructions == AMX:
+        amx.multiply(pair, depths, rows, count, scratch.sums)
+    else:
+        avx512.multiply(pair, next_pair, depths, rows, count, scratch.sums)
+
+
+@inlined
+def prepare_attention(scratch):
+    """Get ready for `score` and `sum_values`."""
+    if scratch.instructions == AMX:
+        amx.tile_configure(scratch.attention_shapes)
+
+
+@inlined
+def score(scratch, count, depths):
+    """Products of the keys of so many blocks with the 16 queries, to scratch.scores.
+
+    Args:
+        count: of scratch.blocks, which go on to a multiple of BLOCKS_AT_ONCE, as the scores do.
+        depths: head_dim / 32.
+    """
+    if scratch.instructions == AMX:
+        amx.score(scratch.blocks, count, depths, scratch.query_tile, scratch.scores)
+    else:
+        avx512.score(scratch.blocks, count, depths, scratch.query_tile, scratch.scores)
+
+
+@inlined
+def sum_values(scratch, count, offset, columns):
+    """Sums of 32 or 64 columns of values, weighted by scratch.weights, float32 [columns, 16] at scratch.sums.
+
+    Args:
+        count: of scratch.blocks.
+        offset: bytes from a block's keys to its first column.
+    """
+    if scratch.instructions == AMX:
+        amx.sum_values(scratch.blocks, count, offset, columns, scratch.weights, scratch.sums)
+    else:
+        avx512.sum_values(scratch.blocks, count, offset, columns, scratch.weights, scratch.sums)
+
+
+@inlined
+def finish(scratch):
+    """Give back what the system would have to save."""
+    if scratch.instructions == AMX:
+        amx.tile_release()
