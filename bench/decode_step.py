@@ -44,7 +44,10 @@ def plan_of(rows: int, start: int, length: int, page_size: int, num_pages: int) 
 
 
 def replay_ms(engine: StepEngine, plan: StepPlan) -> float:
-    """Median GPU time of one replay, over several batches of back-to-back replays."""
+    """Median GPU time of one replay, over several batches of back-to-back replays.
+
+    A decode graph counts its positions on, so a batch's contexts grow by REPEATS.
+    """
     runner = engine.graphs
     if runner is None:
         raise SystemExit("this needs a CUDA device and a model of decoder.py's families")
@@ -55,6 +58,7 @@ def replay_ms(engine: StepEngine, plan: StepPlan) -> float:
             graph.replay()
         times = []
         for _ in range(BATCHES):
+            runner.run(plan, lambda rows, step: None)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(REPEATS):

@@ -8,7 +8,7 @@ biases go through sampler.py instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,13 +51,22 @@ class DeviceSampler:
     Args:
         max_rows: rows of one call at most.
         dtype: that of the logits.
+        publish: called with the tokens chosen, int64 [rows or more], also while a graph is captured.
     """
 
-    def __init__(self, vocab_size: int, max_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        publish: Callable[[torch.Tensor], None],
+    ) -> None:
         self._vocab_size = vocab_size
         self._max_rows = max_rows
         self._dtype = dtype
         self._device = device
+        self._publish = publish
         self._block = InputBlock({"addresses": 6, "fields": len(Field) * max_rows}, device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._scratch = kernels.Scratch(max_rows, vocab_size, device)
@@ -118,12 +127,14 @@ class DeviceSampler:
             columns = sampling_columns([rows[index] for index in others], self._vocab_size)
             places, *tensors = to_device([np.array(others, np.int32), *columns], self._device)
             tokens[places] = sample(logits[places], SamplingBatch(*tensors))[0]
+            self._publish(tokens)
         return tokens
 
     def _launch(self, rows: int, phases: int) -> None:
         addresses = self._block.view("addresses", 6).view(torch.int64)
         fields = self._block.view("fields", len(Field) * self._max_rows)
         kernels.sample_rows(rows, phases, addresses, fields, self._tokens, self._scratch, self._dtype)
+        self._publish(self._tokens[:rows])
 
     def _send(self, requests: list[Request], positions: list[int], addresses: tuple[int, int]) -> None:
         """Send the rows' parameters."""

@@ -23,13 +23,16 @@ class InputBlock:
         total = 0
         for name, size in sizes.items():
             self._offsets[name] = total
-            total += size
-        self._sizes = sizes
+            # Triton compiles a kernel anew for pointers to other than multiples of 16 bytes.
+            total += -(-size // 4) * 4
         self._last = next(reversed(sizes))
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGING_BUFFERS)]
-        self._arrays = [host.numpy() for host in self._host]
+        self._arrays = [
+            {name: host.numpy()[offset : offset + sizes[name]] for name, offset in self._offsets.items()}
+            for host in self._host
+        ]
         self._arrived: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
         self._turn = 0
 
@@ -38,18 +41,25 @@ class InputBlock:
         offset = self._offsets[name]
         return self._device[offset : offset + size]
 
-    def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
-        """Send new values; an array's elements beyond those given keep arbitrary old ones."""
+    def open(self) -> Mapping[str, Array]:
+        """The arrays to write new values to, on the host; they have arbitrary old ones."""
         self._turn = (self._turn + 1) % STAGING_BUFFERS
         arrived = self._arrived[self._turn]
         if arrived is not None:
             # The copy from this buffer may still be queued behind earlier parts of the step.
             arrived.synchronize()
-        array = self._arrays[self._turn]
-        for name, column in values.items():
-            offset = self._offsets[name]
-            array[offset : offset + len(column)] = column
-        used = self._offsets[self._last] + len(values[self._last])
+        return self._arrays[self._turn]
+
+    def send(self, last: int) -> None:
+        """Copy what was written since `open` to the device, of the last array its first `last` elements."""
+        used = self._offsets[self._last] + last
         self._device[:used].copy_(self._host[self._turn][:used], non_blocking=True)
         if self._device.is_cuda:
             self._arrived[self._turn] = torch.cuda.current_stream().record_event()
+
+    def fill(self, values: Mapping[str, Array | Sequence[int]]) -> None:
+        """Send new values; an array's elements beyond those given keep arbitrary old ones."""
+        arrays = self.open()
+        for name, column in values.items():
+            arrays[name][: len(column)] = column
+        self.send(len(values[self._last]))

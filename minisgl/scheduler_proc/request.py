@@ -26,7 +26,8 @@ class Request:
             after a preemption.
         pending: tokens that steps in flight will add to token_ids.
         cached_tokens: how many prompt tokens were found in the prefix cache at the first admission.
-        pages: KV page ids in position order; position p lives in pages[p // page_size].
+        pages: KV page ids in position order; position p lives in pages[p // page_size]. One list only ever grows: with
+            other pages comes another list, by which the engine knows that what it has sent to the device is right.
         shared: how many leading pages belong to the prefix cache; the others are the request's own.
         cache_node: what this request has locked in the prefix cache; None when it holds no pages.
         finish: why it ended; NONE while it waits or runs.

@@ -391,8 +391,9 @@ class Scheduler:
         self.cache.lock(node, instead_of=request.cache_node)
         # Where another request was first, its copy is used from now on.
         duplicates = [page for page, kept in zip(own, path, strict=True) if page != kept]
-        request.pages[shared:full], request.shared, request.cache_node = path, full, node
+        request.shared, request.cache_node = full, node
         if duplicates:
+            request.pages = [*request.pages[:shared], *path, *request.pages[full:]]
             self.pages.release(duplicates, self._planned_step)
 
     def _unlock(self, request: Request) -> None:

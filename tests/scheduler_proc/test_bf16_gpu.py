@@ -235,7 +235,7 @@ def fused_hidden_states(
     states = []
     for plan in (prefill, decode):
         parts: list[torch.Tensor] = []
-        runner.run(plan, lambda rows, step, parts=parts: parts.append(step.logits.float()))  # type: ignore[misc]
+        runner.run(plan, lambda rows, step, parts=parts: parts.append(step.logits[: len(rows)].float()))  # type: ignore[misc]
         states.append(torch.cat(parts))
     return torch.stack(states)
 

@@ -56,7 +56,7 @@ def row_of(request: Request) -> StepRow:
 
 
 def sampler_of(captured: bool, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB_SIZE) -> DeviceSampler:
-    sampler = DeviceSampler(vocab_size, 16, dtype, DEVICE)
+    sampler = DeviceSampler(vocab_size, 16, dtype, DEVICE, lambda tokens: None)
     if captured:
         sampler.capture()
     return sampler
@@ -190,7 +190,7 @@ def test_it_takes_a_small_part_of_a_step(spread: float, capsys: pytest.CaptureFi
         "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
         "chat": {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1},
     }
-    sampler = DeviceSampler(vocab_size, 256, torch.bfloat16, DEVICE)
+    sampler = DeviceSampler(vocab_size, 256, torch.bfloat16, DEVICE, lambda tokens: None)
     sampler.capture()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for rows in (1, 8, 64, 256):

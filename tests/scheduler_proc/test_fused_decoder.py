@@ -78,37 +78,46 @@ def test_logits_equal_the_plain_decoder(family: str, captured: str, tmp_path: Pa
 
         generator = torch.Generator().manual_seed(5)
         requests = [new_request(index, length, generator) for index, length in enumerate((5, 40, 70))]
-        # Whole prompts, then the rest of a chunked one beside decode rows, then decode rows alone.
-        steps = [
-            ([(0, 0, 5), (1, 0, 40), (2, 0, 33)], 0),
-            ([(0, 5, 1), (1, 40, 1), (2, 33, 37)], 2),
-            ([(0, 6, 1), (1, 41, 1), (2, 70, 1)], 3),
-        ]
-        for rows, decode_rows in steps:
-            plan = StepPlan(
-                1, [StepRow(requests[index], start, length, True) for index, start, length in rows], decode_rows
-            )
+        # A short prompt, longer ones, the rest of a chunked one beside decode rows, then decode rows alone: they go on
+        # over the ends of pages, fewer go on, and all come together again.
+        everyone, two = [0, 1, 2], [2, 0]
+        steps = [([(0, 5)], 0), ([(0, 1), (1, 40), (2, 33)], 1), ([(0, 1), (1, 1), (2, 37)], 2)]
+        steps += [([(index, 1) for index in company], len(company)) for company in [everyone] * 5 + [two] * 2]
+        steps += [([(index, 1) for index in everyone], 3)]
+        computed = [0, 0, 0]
+        fresh: set[Request] = set()
+        for lengths, decode_rows in steps:
+            rows = [StepRow(requests[index], computed[index], length, True) for index, length in lengths]
+            for index, length in lengths:
+                computed[index] += length
+            plan = StepPlan(1, rows, decode_rows)
             batch, _ = make_forward_batch(plan, PAGE_SIZE, DEVICE)
             expected = model.forward(batch, plain.begin_step(batch))
-            # The host has not seen the decode rows' tokens yet: the step before left them on the device.
-            decodes = plan.rows[decode_rows - 1 :: -1] if decode_rows else []
-            unseen = [row.request.token_ids[row.start :] for row in decodes]
-            runner.remember(decodes, torch.tensor([tokens[0] for tokens in unseen], device=DEVICE).long())
-            for row in decodes:
-                del row.request.token_ids[row.start :]
+            if decode_rows:
+                # The host has not seen the newest tokens of those that decoded last: they are on the device.
+                unseen = {
+                    row.request: row.request.token_ids.pop() for row in rows[:decode_rows] if row.request in fresh
+                }
             parts: list[torch.Tensor] = []
 
             def take(rows: list[StepRow], step: StepLogits, parts: list[torch.Tensor] = parts) -> None:
-                assert len(rows) == len(step.logits) == len(step.tokens) == len(step.finite)
-                parts.append(step.logits.clone())
+                parts.append(step.logits[: len(rows)].clone())
 
             runner.run(plan, take)
-            for row, tokens in zip(decodes, unseen, strict=True):
-                row.request.token_ids += tokens
+            if decode_rows:
+                for request, token in unseen.items():
+                    request.token_ids.append(token)
             found = torch.cat(parts)
             assert found.shape == expected.shape
             assert (found - expected).norm() / expected.norm() < 1e-4
-            assert torch.equal(found.argmax(-1), expected.argmax(-1))
+            tokens = expected.argmax(-1).tolist()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            assert runner.results.of_this_step(len(rows)).tolist() == [tokens, [1] * len(rows)]
+            fresh = {row.request for row in rows}
+            for row, token in zip(rows, tokens, strict=True):
+                if row.start + row.length == len(row.request.token_ids):
+                    row.request.token_ids.append(token)
 
 
 @pytest.mark.gpu
@@ -139,7 +148,7 @@ def test_a_step_of_many_parts_keeps_their_inputs_apart(tmp_path: Path) -> None:
         def tokens_of(plans: list[StepPlan]) -> list[int]:
             found: list[torch.Tensor] = []
             for plan in plans:
-                runner.run(plan, lambda rows, step: found.append(step.tokens.clone()))
+                runner.run(plan, lambda rows, step: found.append(step.tokens[: len(rows)].clone()))
             return torch.cat(found).tolist()
 
         alone = tokens_of([StepPlan(1, [row], 0) for row in rows])
@@ -154,6 +163,6 @@ def capture_everything(runner: GraphRunner) -> None:
 
 
 def new_request(index: int, length: int, generator: torch.Generator) -> Request:
-    token_ids = torch.randint(0, SHAPE["vocab_size"], (length + 4,), generator=generator).tolist()
+    token_ids = torch.randint(0, SHAPE["vocab_size"], (length,), generator=generator).tolist()
     pages = list(range(index * 20, index * 20 + 20))
     return Request(index, token_ids, length, SamplingParams(), 8, frozenset(), [], pages=pages)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
 
 
 @triton.jit
@@ -112,7 +114,11 @@ def _rotate_and_store(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     columns = tl.arange(0, HALF_BLOCK)
@@ -153,6 +159,7 @@ def rotate_and_store(
     norm_weight: torch.Tensor | None,
     eps: float,
     pool: torch.Tensor,
+    pdl: bool = False,
 ) -> None:
     """Rotate queries (in place) and keys by their positions, and write keys and values to their slots of the pool.
 
@@ -162,6 +169,7 @@ def rotate_and_store(
         tables: cosines and sines, each [context length, head_dim / 2].
         norm_weight: [heads + kv heads, head_dim] for an RMS norm of each query and key head before rotation, or None.
         pool: [slots, 2, kv heads, head_dim].
+        pdl: whether this and the next kernel overlap with those before them (dependent_launch.py).
     """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = pool.shape[2]
@@ -180,7 +188,9 @@ def rotate_and_store(
         HALF=head_dim // 2,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=norm_weight is not None,
+        PDL=pdl,
         num_warps=1,
+        **launch_options(pdl),
     )
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.scheduler_proc.kernels.dependent_launch import launch_options
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FIELDS = tl.constexpr(5)
@@ -148,7 +151,11 @@ def _prefill(
     BLOCK_N: tl.constexpr,
     EDGE_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     GROUP: tl.constexpr = HEADS // KV_HEADS
     # Results of several spans are loaded at once, as far as registers go.
     UNROLL: tl.constexpr = 4 if DIM_BLOCK <= 64 else 2 if DIM_BLOCK <= 128 else 1
@@ -297,6 +304,7 @@ def prefill_attention(
     page_size: int,
     scale: float,
     window: int | None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Causal attention of prompt chunks to themselves and to what their pages already hold.
 
@@ -306,6 +314,7 @@ def prefill_attention(
         page_table: int32, flat.
         table: int32, of tiles.table.
         arrivals: int32 [MOST_ARRIVALS], zero, and zero again afterwards.
+        pdl: whether this and the next kernel overlap with those before them (dependent_launch.py).
 
     Returns:
         [tokens, heads, head_dim]; tokens in no tile hold arbitrary values.
@@ -343,7 +352,9 @@ def prefill_attention(
         BLOCK_N=shape.keys,
         EDGE_N=shape.edge_keys,
         HAS_WINDOW=window is not None,
+        PDL=pdl,
         num_warps=shape.warps,
         num_stages=shape.stages,
+        **launch_options(pdl),
     )
     return output

@@ -29,6 +29,9 @@ from minisgl.scheduler_proc.models.rope import Rope
 Attend: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 """From a layer's index and its rotated qkv [tokens, heads + 2 * kv heads, head_dim] to [tokens, heads, head_dim]."""
 
+SmallAttend: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""The same, not yet rotated; adds what the output projection makes of it to the residual [tokens, hidden]."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
@@ -129,46 +132,69 @@ class FusedDecoder:
 
     def prefill(self, inputs: PrefillInputs) -> StepLogits:
         """Logits of the sampled tokens."""
+        if self._small_batches and len(inputs.input_ids) <= MAX_ROWS:
+            return self._head(self._prefill_small_batch(inputs).index_select(0, inputs.sampled))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            return prefill_attention(
-                qkv,
-                self.pool.layers[layer],
-                inputs.page_table,
-                inputs.tiles,
-                self._arrivals,
-                self.tiles,
-                page_size=self.pool.page_size,
-                scale=self.config.head_dim**-0.5,
-                window=self.config.windows[layer],
-            )
+            return self._attend_prefill(layer, qkv, inputs, pdl=False)
 
         residual, delta = self._layers(inputs, attend)
         return self._head(residual.index_select(0, inputs.sampled), delta.index_select(0, inputs.sampled))
 
+    def _attend_prefill(self, layer: int, qkv: torch.Tensor, inputs: PrefillInputs, pdl: bool) -> torch.Tensor:
+        return prefill_attention(
+            qkv,
+            self.pool.layers[layer],
+            inputs.page_table,
+            inputs.tiles,
+            self._arrivals,
+            self.tiles,
+            page_size=self.pool.page_size,
+            scale=self.config.head_dim**-0.5,
+            window=self.config.windows[layer],
+            pdl=pdl,
+        )
+
     def _decode_small_batch(self, inputs: DecodeInputs) -> torch.Tensor:
         """Hidden states [rows, hidden] of the last layer, not yet normed, by five kernels a layer."""
-        config, pdl = self.config, self._pdl
-        eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
-        residual = self._embed(inputs)
-        for index, layer in enumerate(self.weights.layers):
-            window = config.windows[index]
-            qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
+
+        def attend(index: int, qkv: torch.Tensor, residual: torch.Tensor) -> None:
+            layer, window = self.weights.layers[index], self.config.windows[index]
             parts = rotate_attend(
-                qkv.view(-1, heads, config.head_dim),
+                qkv,
                 inputs.positions,
                 inputs.slots,
                 self._tables,
                 layer.qk_norm,
-                eps,
+                self.config.rms_norm_eps,
                 self.pool.layers[index],
                 inputs.page_table,
                 inputs.table_stride,
                 page_size=self.pool.page_size,
                 window=window,
-                pdl=pdl,
+                pdl=self._pdl,
             )
-            add_attention(parts, inputs.positions, layer.output, residual, window=window, pdl=pdl)
+            add_attention(parts, inputs.positions, layer.output, residual, window=window, pdl=self._pdl)
+
+        return self._small_layers(inputs, attend)
+
+    def _prefill_small_batch(self, inputs: PrefillInputs) -> torch.Tensor:
+        """The same for tokens of prompts, by six: tokens see each other, so keys are written first."""
+
+        def attend(index: int, qkv: torch.Tensor, residual: torch.Tensor) -> None:
+            self._rotate_and_store(index, qkv, inputs, self._pdl)
+            attended = self._attend_prefill(index, qkv, inputs, self._pdl)
+            linear_add(attended.flatten(1), self.weights.layers[index].output, residual, self._pdl)
+
+        return self._small_layers(inputs, attend)
+
+    def _small_layers(self, inputs: DecodeInputs | PrefillInputs, attend: SmallAttend) -> torch.Tensor:
+        config, pdl = self.config, self._pdl
+        eps, heads = config.rms_norm_eps, config.num_heads + 2 * config.num_kv_heads
+        residual = self._embed(inputs)
+        for index, layer in enumerate(self.weights.layers):
+            qkv = norm_linear(residual, layer.input_norm, layer.qkv, layer.qkv_bias, eps, pdl)
+            attend(index, qkv.view(-1, heads, config.head_dim), residual)
             product = norm_gate_up(residual, layer.post_attention_norm, layer.gate_up, eps, pdl)
             linear_add(product, layer.down, residual, pdl)
         return residual
@@ -182,21 +208,17 @@ class FusedDecoder:
         for index, layer in enumerate(weights.layers):
             normed = add_rms_norm(residual, delta, layer.input_norm, config.rms_norm_eps)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads, config.head_dim)
-            rotate_and_store(
-                qkv,
-                inputs.positions,
-                inputs.slots,
-                self._tables,
-                layer.qk_norm,
-                config.rms_norm_eps,
-                self.pool.layers[index],
-            )
+            self._rotate_and_store(index, qkv, inputs, pdl=False)
             delta = F.linear(attend(index, qkv).flatten(1), layer.output, layer.output_bias)
             normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps)
             delta = self._feed_forward(layer, normed)
         if delta is None:
             raise ValueError("the model has no layers")
         return residual, delta
+
+    def _rotate_and_store(self, layer: int, qkv: torch.Tensor, inputs: DecodeInputs | PrefillInputs, pdl: bool) -> None:
+        norm, eps = self.weights.layers[layer].qk_norm, self.config.rms_norm_eps
+        rotate_and_store(qkv, inputs.positions, inputs.slots, self._tables, norm, eps, self.pool.layers[layer], pdl=pdl)
 
     def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
         return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens, self._pdl)
