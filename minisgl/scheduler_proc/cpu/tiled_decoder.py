@@ -16,7 +16,7 @@ from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, aligned_zeros, pack
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
@@ -156,7 +156,7 @@ class TiledDecoder:
         width = config.num_heads * config.head_dim
 
         def room(rows: int, columns: int, dtype: type[np.generic]) -> int:
-            return self._buffer_keeper.address(np.zeros((rows, columns), dtype))
+            return self._buffer_keeper.address(aligned_zeros(rows * columns, dtype))
 
         return Buffers(
             slots=room(rows, 1, np.int64),
@@ -211,7 +211,7 @@ def make_scratch(thread: int, instructions: int, head_dim: int, keeper: Keeper) 
     """Memory for one thread, held by `keeper`; for `instructions` see instructions.py."""
 
     def room(size: int, dtype: type[np.generic]) -> int:
-        return keeper.address(np.zeros(size, dtype))
+        return keeper.address(aligned_zeros(size, dtype))
 
     return Scratch(
         thread=thread,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -34,7 +38,17 @@ def pack(weight: torch.Tensor, halves: int = 1) -> torch.Tensor:
     weight = F.pad(weight, (0, 0, 0, -len(weight) % PAIR))
     outputs, inputs = weight.shape
     blocks = weight.view(halves, outputs // PAIR, 2 // halves, BLOCK, inputs // DEPTH, BLOCK, 2)
-    return blocks.permute(1, 4, 5, 0, 2, 3, 6).contiguous()
+    pairs = blocks.permute(1, 4, 5, 0, 2, 3, 6)
+    packed = torch.from_numpy(aligned_zeros(pairs.numel(), np.uint16)).view(torch.bfloat16).view(pairs.shape)
+    return packed.copy_(pairs)
+
+
+def aligned_zeros(size: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """An array that begins with a cache line, on huge pages if it is large: numpy asks for them, torch does not."""
+    count = size * np.dtype(dtype).itemsize
+    room = np.zeros(count + LINE, np.uint8)
+    begin = -room.ctypes.data % LINE
+    return room[begin : begin + count].view(dtype)
 
 
 @inlined
