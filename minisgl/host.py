@@ -156,6 +156,8 @@ def _remove_sockets(path: Path) -> None:
 
 _WORKERS = {"http_workers": (4, 4, 16), "tokenizer_workers": (8, 2, 8), "detokenizer_workers": (8, 1, 8)}
 """On a GPU host: at least so many CPUs for each, at most so many for each GPU, and at most so many."""
+_BUSY_POLL_MS = 100
+"""Longer than most answers of a small model take, so that the next question of a chat's client finds all awake."""
 
 
 def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = None) -> ServerConfig:
@@ -176,6 +178,9 @@ def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = N
     for name, (cpus_each, most_per_gpu, most) in _WORKERS.items():
         best = min(cpus // cpus_each, most_per_gpu * replicas, most) if on_gpu else 1
         counts[name] = getattr(config, name) or max(1, best)
+    if config.busy_poll_ms is None:
+        roomy = on_gpu and cpus >= 2 * (sum(counts.values()) + replicas)
+        counts["busy_poll_ms"] = _BUSY_POLL_MS if roomy else 0
     return dataclasses.replace(config, **counts)
 
 

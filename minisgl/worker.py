@@ -68,7 +68,8 @@ class Worker:
 
     def open_inbox(self, *accepts: type[Message]) -> Inbox:
         """Bind the inbox and say Hello. Call it first: peers may send as soon as the supervisor announces us."""
-        self.inbox = Inbox(self.spec.inbox_address, {*accepts, *_CONTROL_TYPES})
+        busy_poll_seconds = (self.spec.config.busy_poll_ms or 0) / 1e3
+        self.inbox = Inbox(self.spec.inbox_address, {*accepts, *_CONTROL_TYPES}, busy_poll_seconds)
         self._supervisor.send(Hello(self.spec.name, self.spec.epoch, os.getpid(), self.spec.inbox_address))
         return self.inbox
 

@@ -25,6 +25,7 @@ from minisgl.messages import (
     Message,
     RequestError,
     Shutdown,
+    TokenBatch,
     WorkerUp,
     encode,
 )
@@ -79,6 +80,53 @@ def test_a_sender_may_come_before_its_receiver(address: str) -> None:
     assert receive(inbox, 1) == [AbortRequest(1)]
     outbox.close()
     inbox.close()
+
+
+def test_an_inbox_stays_awake_for_a_while_after_tokens_and_only_then(address: str) -> None:
+    inbox, outbox = Inbox(address, {AbortRequest, TokenBatch}, busy_poll_seconds=0.3), Outbox(address)
+
+    def cpu_seconds_of_a_wait() -> float:
+        began = time.thread_time()
+        assert not inbox.wait(150)
+        return time.thread_time() - began
+
+    outbox.send(AbortRequest(1))
+    receive(inbox, 1)
+    assert cpu_seconds_of_a_wait() < 0.01
+    outbox.send(TokenBatch(0, 1, 1, 0, 0))
+    receive(inbox, 1)
+    # Others may want this CPU.
+    assert cpu_seconds_of_a_wait() > 0.02
+    outbox.send(AbortRequest(2))
+    assert receive(inbox, 1) == [AbortRequest(2)]
+    time.sleep(0.3)
+    assert cpu_seconds_of_a_wait() < 0.01
+    outbox.close()
+    inbox.close()
+
+
+def test_an_attached_inbox_stays_awake_for_a_while_after_tokens(address: str) -> None:
+    async def main() -> None:
+        inbox, outbox = Inbox(address, {TokenBatch}, busy_poll_seconds=0.2), Outbox(address)
+        loop, arrived = asyncio.get_running_loop(), list[Message]()
+        inbox.attach(loop, arrived.extend)
+        for _ in range(2):
+            outbox.send(TokenBatch(0, 1, 1, 0, 0))
+            began = time.monotonic()
+            while not arrived:
+                assert time.monotonic() < began + 10
+                await asyncio.sleep(0.01)
+            arrived.clear()
+            assert inbox._next_slice is not None
+            while inbox._next_slice is not None:
+                assert time.monotonic() < began + 10
+                await asyncio.sleep(0.01)
+            assert time.monotonic() > began + 0.2
+        inbox.detach(loop)
+        inbox.close()
+        outbox.close()
+
+    asyncio.run(main())
 
 
 def test_garbage_frames_are_dropped_and_counted(inbox: Inbox, raw: zmq.Socket[bytes]) -> None:

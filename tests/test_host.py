@@ -192,6 +192,26 @@ def test_the_numbers_of_http_tokenizer_and_detokenizer_workers(
     assert (config.http_workers, config.tokenizer_workers, config.detokenizer_workers) == counts
 
 
+@pytest.mark.parametrize(
+    ("settings", "gpus", "cpus", "busy_poll_ms"),
+    [
+        ({}, 1, 16, 100),
+        ({}, 1, 4, 0),
+        ({}, 0, 64, 0),
+        ({"device": "cpu"}, 1, 64, 0),
+        ({}, 8, 16, 0),
+        ({"busy_poll_ms": 0}, 1, 16, 0),
+        ({"busy_poll_ms": 7}, 0, 1, 7),
+    ],
+)
+def test_processes_stay_awake_only_where_there_are_cpus_to_spare(
+    settings: dict[str, int], gpus: int, cpus: int, busy_poll_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "cuda_device_count", lambda env: gpus)
+    config = with_worker_counts(ServerConfig(**settings), max(1, gpus), cpus)  # type: ignore[arg-type]
+    assert config.busy_poll_ms == busy_poll_ms
+
+
 def test_a_cpu_build_of_torch_has_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_driver_device_count", lambda: 8)
     monkeypatch.setattr(host.importlib.metadata, "version", lambda name: "2.13.0+cpu")
