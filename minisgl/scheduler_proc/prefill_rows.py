@@ -43,6 +43,7 @@ class PrefillRows:
         self._results = results
         self._device = device
         self._row_pages = -(-context_length // page_size)
+        self._all_positions = np.arange(context_length, dtype=np.int32)
         tokens, rows = PREFILL_TOKENS[-1], PREFILL_ROWS[-1]
         self._block = InputBlock(
             {
@@ -110,18 +111,22 @@ class PrefillRows:
     def _columns(self, rows: Sequence[StepRow], decodes: int, tiles: int) -> Mapping[str, Array]:
         """The arrays of PrefillInputs for decode rows and chunks, with `tiles` tiles."""
         page_size = self._page_size
-        decode_ids, decode_sources, decode_positions, decode_table = self._decodes.columns(rows[:decodes])
-        stride = decode_table.shape[1]
-        input_ids, positions = decode_ids.tolist(), [decode_positions]
-        pages, at = decode_table.reshape(-1).tolist(), decode_positions // page_size
-        token_pages = [decode_table[np.arange(decodes), at]]
-        places = [(index, row.start, 1, index * stride) for index, row in enumerate(rows[:decodes])]
+        input_ids, pages = list[int](), list[int]()
+        sources, positions, token_pages = list[Array](), list[Array](), list[Array]()
+        places = list[tuple[int, int, int, int]]()
+        if decodes:
+            decode_ids, decode_sources, decode_positions, table = self._decodes.columns(rows[:decodes])
+            input_ids, pages = decode_ids.tolist(), table.reshape(-1).tolist()
+            sources.append(decode_sources)
+            positions.append(decode_positions)
+            token_pages.append(table[np.arange(decodes), decode_positions // page_size])
+            places = [(index, row.start, 1, index * table.shape[1]) for index, row in enumerate(rows[:decodes])]
         sampled = list(range(decodes))
         scored: list[int] = []
         for row in rows[decodes:]:
             token, end = len(input_ids), row.start + row.length
             row_pages = row.request.pages[: -(-end // page_size)]
-            at = np.arange(row.start, end, dtype=np.int32)
+            at = self._all_positions[row.start : end]
             input_ids += row.request.token_ids[row.start : end]
             positions.append(at)
             token_pages.append(np.array(row_pages, np.int32)[at // page_size])
@@ -130,15 +135,18 @@ class PrefillRows:
             scored += [token + position - row.start for position in scored_positions(row)]
             if row.sample:
                 sampled.append(token + row.length - 1)
-        all_positions = np.concatenate(positions)
-        sources = np.full(len(input_ids), -1, np.int32)
-        sources[:decodes] = decode_sources
+        sources.append(np.full(len(input_ids) - decodes, -1, np.int32))
+        all_positions = _joined(positions)
         return {
             "input_ids": np.array(input_ids, np.int32),
-            "sources": sources,
+            "sources": _joined(sources),
             "positions": all_positions,
-            "slots": np.concatenate(token_pages) * page_size + all_positions % page_size,
+            "slots": _joined(token_pages) * page_size + all_positions % page_size,
             "sampled": np.array(sampled + scored, np.int32),
             "tiles": np.array(self._tiles.table(places, tiles), np.int32),
             "page_table": np.array(pages, np.int32),
         }
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
