@@ -279,9 +279,13 @@ def test_shutdown_ends_running_requests_with_an_error(start: Callable[..., Servi
     engine.permits.release()
     take(serving.detokenizers[0])
     serving.send(Shutdown())
-    # However many steps run until the message arrives.
-    engine.permits.release(100_000)
-    messages = take_until(serving.detokenizers[0], lambda messages: RequestError in map(type, messages))
+
+    def ended(messages: list[Any]) -> bool:
+        # A step at a time: the request must not be through before the message arrives.
+        engine.permits.release()
+        return RequestError in map(type, messages)
+
+    messages = take_until(serving.detokenizers[0], ended)
     assert (messages[-1].rid, messages[-1].status) == (10, 503)
     serving.join()
     assert serving.error is None
