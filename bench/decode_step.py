@@ -46,7 +46,7 @@ def plan_of(rows: int, start: int, length: int, page_size: int, num_pages: int) 
 def replay_ms(engine: StepEngine, plan: StepPlan) -> float:
     """Median GPU time of one replay, over several batches of back-to-back replays.
 
-    A decode graph counts its positions on, so a batch's contexts grow by REPEATS.
+    A decode graph counts its positions on: a batch's last step is REPEATS tokens further than the plan.
     """
     runner = engine.graphs
     if runner is None:
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", default="1,2,4,8,16,32,64,128,256")
-    parser.add_argument("--context", default="256,2048")
+    parser.add_argument("--context", default="256,2048", help="of the last step measured, in tokens; more than 50")
     parser.add_argument("--prefill", default="16,64,256,512,1024", help="prompt lengths")
     parser.add_argument("--load-format", default="dummy")
     arguments = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
     print(f"{spec.name}, {engine.device_name}, {engine.dtype_name}")
     for context in (int(text) for text in arguments.context.split(",")):
         for batch in (int(text) for text in arguments.batch.split(",")):
-            plan = plan_of(batch, context - 1, 1, engine.page_size, engine.num_pages)
+            plan = plan_of(batch, context - 1 - REPEATS, 1, engine.page_size, engine.num_pages)
             ms = replay_ms(engine, plan)
             gigabytes = (engine.weight_bytes + batch * context * engine.kv_bytes_per_token) / 1e9
             print(
