@@ -22,8 +22,8 @@ from minisgl.scheduler_proc.device import cpu_flags
 
 ROWS = 8
 """Rows whose sums are in registers together: 16 of 32, where 6 would hide how long an instruction takes."""
-CHUNK = 14
-"""Depths that all rows are multiplied with before the next: 28 KB of a pair."""
+CHUNK = 28
+"""Depths that all rows are multiplied with before the next: 56 KB of a pair."""
 WORDS = TILE_BYTES // LINE
 
 FLOATS, HALVES = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)
@@ -90,7 +90,8 @@ def row_products(rows: int) -> Intrinsic:
                 values = [builder.load(variable) for variable in kept]
                 ahead = builder.load(asked)
                 for word in range(WORDS):
-                    call_prefetch(builder, ahead)
+                    # Into the first level they would push out what is multiplied now.
+                    call_prefetch(builder, ahead, 2)
                     ahead = builder.gep(ahead, [advance])
                     both = [_load(builder, lines, (2 * word + block) * LINE, HALVES) for block in range(2)]
                     values = _add_products(builder, values, row, LINE, word, both)
@@ -182,23 +183,24 @@ def _multiply_some(count, rows, pair, ahead, advance, depths, sums):
 def multiply(pair, next_pair, depths, rows, count, sums):
     """Products of up to 32 rows with a pair of blocks; see instructions.py.
 
-    Up to 8 rows read through the pair, which the CPU reads ahead by itself. More go through it in chunks, 8 at a time,
-    and meanwhile the next chunk is asked for, as the CPU does not see that it comes next.
+    Up to 8 rows go right through the pair, which the CPU reads ahead by itself. More take it chunk by chunk, 8 at a
+    time, and meanwhile the next chunk is asked for, as the CPU does not see that it comes next.
     """
     for index in range(count * PAIR):
         set_float(sums, index, np.float32(0.0))
     if count <= ROWS:
         _multiply_some(count, rows, pair, sums, 0, depths, sums)
         return
-    groups = (count + ROWS - 1) // ROWS
+    size = (count + 1) // 2 if count <= BLOCK else ROWS
+    groups = (count + size - 1) // size
     advance = 2 * LINE // groups
     for begin in range(0, depths, CHUNK):
         here = min(CHUNK, depths - begin)
         ahead = pair + (begin + here) * 2 * TILE_BYTES if begin + here < depths else next_pair
         for group in range(groups):
-            row = group * ROWS
+            row = group * size
             _multiply_some(
-                min(ROWS, count - row),
+                min(size, count - row),
                 rows + (row // BLOCK * depths + begin) * TILE_BYTES + row % BLOCK * LINE,
                 pair + begin * 2 * TILE_BYTES,
                 ahead + group * here * WORDS * advance,

@@ -29,9 +29,9 @@ def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, kinds), name), arguments)
 
 
-def call_prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for a cache line that is read soon."""
-    read, keep, data = (ir.Constant(INT, value) for value in (0, 3, 1))
+def call_prefetch(builder: Any, pointer: Any, level: int) -> None:
+    """Ask for a cache line that is read soon, into the cache of a level."""
+    read, keep, data = (ir.Constant(INT, value) for value in (0, 4 - level, 1))
     call(builder, "llvm.prefetch.p0", VOID, [pointer, read, keep, data])
 
 
@@ -40,7 +40,7 @@ def prefetch(context: Any, address: Any) -> Any:
     """(address) -> None: ask for a cache line that is read soon."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        call_prefetch(builder, builder.inttoptr(arguments[0], POINTER))
+        call_prefetch(builder, builder.inttoptr(arguments[0], POINTER), 1)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
