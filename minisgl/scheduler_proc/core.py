@@ -135,7 +135,10 @@ class ReplicaCore:
             batch, self._ended = self._ended, self._empty_batch()
             return batch
         scheduler = self.scheduler
-        plan = scheduler.plan(self._pacer.prompt_tokens(scheduler.waiting_for_each()) if self._pacer else None)
+        beside_decodes = None
+        if self._pacer:
+            beside_decodes = self._pacer.prompt_tokens(scheduler.running, scheduler.waiting_for_each())
+        plan = scheduler.plan(beside_decodes)
         if plan is not None:
             self._in_flight.append((plan, timeline.now(), self.engine.launch(plan)))
         if plan is None and not self._in_flight:

@@ -15,38 +15,47 @@ class PromptPacer:
     """Learns the time of a step without prompt tokens, and what each prompt token adds to it.
 
     A later chunk of a long prompt costs more than an early one, since it sees more positions; a rise is therefore
-    believed at once, a fall by and by.
+    believed at once, a fall by and by. While a crowd begins, no step is without prompt tokens: what more rows decode
+    than in the last quiet steps is taken to cost as much as prompt tokens do.
     """
 
     def __init__(self) -> None:
         self._quiet: float | None = None
+        self._quiet_rows = 0.0
         self._per_token: float | None = None
 
     def observe(self, decode_rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that has been computed."""
         if not prompt_tokens:
+            if self._quiet is None:
+                self._quiet, self._quiet_rows = seconds, float(decode_rows)
             # A hiccup of the machine is no news about the model.
-            quiet = seconds if self._quiet is None else min(seconds, 2 * self._quiet)
-            self._quiet = quiet if self._quiet is None else self._quiet + QUIET_WEIGHT * (quiet - self._quiet)
+            self._quiet += QUIET_WEIGHT * (min(seconds, 2 * self._quiet) - self._quiet)
+            self._quiet_rows += QUIET_WEIGHT * (decode_rows - self._quiet_rows)
             return
         if decode_rows and self._quiet is None:
             return
         if not decode_rows and self._per_token is not None:
             return
         added = seconds - self._quiet if decode_rows and self._quiet is not None else seconds
-        cost = max(added, 0.0) / prompt_tokens
+        cost = max(added, 0.0) / (prompt_tokens + self._more_rows(decode_rows))
         if self._per_token is None or cost > self._per_token:
             self._per_token = cost
         else:
             self._per_token += LOWERED_WEIGHT * (cost - self._per_token)
 
-    def prompt_tokens(self, waiting_for_each: float = 0.0) -> int | None:
+    def prompt_tokens(self, decode_rows: int = 0, waiting_for_each: float = 0.0) -> int | None:
         """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing.
 
         Args:
+            decode_rows: how many there are.
             waiting_for_each: how many requests, for each one that decodes, could get their first token in one step. Up
                 to so many quiet steps more cost those that run less than they spare those that wait.
         """
         if self._quiet is None or not self._per_token:
             return None
-        return int(max(STRETCH - 1, min(waiting_for_each, CROWD_STRETCH)) * self._quiet / self._per_token)
+        quiet = self._quiet + self._more_rows(decode_rows) * self._per_token
+        return int(max(STRETCH - 1, min(waiting_for_each, CROWD_STRETCH)) * quiet / self._per_token)
+
+    def _more_rows(self, decode_rows: int) -> float:
+        return max(decode_rows - self._quiet_rows, 0.0)

@@ -19,7 +19,7 @@ def simulate(prompt: int, quiet: float, per_token: float, per_position: float, o
         pacer.observe(32, 0, quiet)
     position, seconds = 0, []
     while position < prompt:
-        allowed = pacer.prompt_tokens()
+        allowed = pacer.prompt_tokens(32)
         chunk = min(prompt - position, max(PAGE, min(STEP_TOKENS, STEP_TOKENS if allowed is None else allowed)))
         seconds.append(quiet + overhead + chunk * (per_token + position * per_position))
         pacer.observe(32, chunk, seconds[-1])
@@ -67,9 +67,18 @@ def test_a_crowd_may_hold_up_the_few_that_run_once() -> None:
     for _ in range(10):
         pacer.observe(1, 0, 0.1)
     pacer.observe(1, 100, 0.2)
-    assert pacer.prompt_tokens() == pacer.prompt_tokens(0.5) == pacer.prompt_tokens(1.0) == 100
-    assert pacer.prompt_tokens(3.0) == 300
-    assert pacer.prompt_tokens(31.0) == 400
+    assert pacer.prompt_tokens(1) == pacer.prompt_tokens(1, 0.5) == pacer.prompt_tokens(1, 1.0) == 100
+    assert pacer.prompt_tokens(1, 3.0) == 300
+    assert pacer.prompt_tokens(1, 31.0) == 400
+
+
+def test_rows_that_came_since_the_last_quiet_step_lengthen_what_is_quiet() -> None:
+    """In seconds 0.1 + 0.01 for each row or prompt token: beside 21 rows as many tokens as double 0.3."""
+    pacer = PromptPacer()
+    for rows, tokens in ((1, 0), (1, 16), (11, 16), (21, 16)):
+        pacer.observe(rows, tokens, 0.09 + 0.01 * (rows + tokens))
+    assert pacer.prompt_tokens(21) == pytest.approx(30, abs=1)
+    assert pacer.prompt_tokens(1) == pytest.approx(10, abs=1)
 
 
 def test_a_crowd_is_what_can_begin_in_one_step() -> None:
