@@ -81,6 +81,9 @@ class GraphRunner:
         def launch_all() -> None:
             sizes, _ = capture_order(self._decode_sizes, prefill_sizes(self._context_length))
             for size in sizes:
+                # Kernels that another engine of this process has compiled do run, on what others have not written:
+                # that must be no place in memory.
+                self._send_padding(size)
                 self._forward_of(size)()
             self.sampler.launch_all()
 
@@ -101,17 +104,24 @@ class GraphRunner:
         if not self._uncaptured:
             return False
         size = self._uncaptured.popleft()
+        self._send_padding(size)
+        captured = self._capture(self._forward_of(size))
         if isinstance(size, int):
-            self._decodes.send([])
-            self._decode_graphs[size] = self._capture(self._forward_of(size))
+            self._decode_graphs[size] = captured
         else:
-            self._prefills.send([], 0, 0, size)
-            self._prefill_graphs[size] = self._capture(self._forward_of(size))
+            self._prefill_graphs[size] = captured
         return True
 
     def capture_no_more(self) -> None:
         """Do without the graphs that are still missing."""
         self._uncaptured.clear()
+
+    def _send_padding(self, size: int | PrefillSize) -> None:
+        """Send the inputs of a step without rows."""
+        if isinstance(size, int):
+            self._decodes.send([])
+        else:
+            self._prefills.send([], 0, 0, size)
 
     def _forward_of(self, size: int | PrefillSize) -> Callable[[], StepLogits]:
         return partial(self._decode_forward, size) if isinstance(size, int) else partial(self._prefill_forward, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the interpreter needs it too")
 
 from minisgl.sampling_params import SamplingParams  # noqa: E402
+from minisgl.scheduler_proc import cuda_graphs  # noqa: E402
 from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
 from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
@@ -154,6 +156,38 @@ def test_a_step_of_many_parts_keeps_their_inputs_apart(tmp_path: Path) -> None:
         alone = tokens_of([StepPlan(1, [row], 0) for row in rows])
         for _ in range(5):
             assert tokens_of([StepPlan(1, rows, 0)]) == alone
+
+
+def test_what_is_launched_only_to_be_compiled_takes_no_tokens_of_other_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that the process has already do run then, and tokens may be whatever others have not written."""
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES["qwen2"]}))
+    launched: list[bool] = []
+
+    def launch(launch_all: Callable[[], None], *others: object) -> None:
+        launch_all()
+        launched.append(True)
+
+    monkeypatch.setattr(cuda_graphs, "compile_ahead", launch)
+    monkeypatch.setattr(cuda_graphs, "capture_order", lambda decodes, prefills: ([2, (16, 1), 1], 3))
+    with torch.inference_mode():
+        model = load_model(
+            tmp_path,
+            dtype=torch.float32,
+            device=DEVICE,
+            context_length=CONTEXT,
+            dummy_seed=1,
+            trust_remote_code=False,
+            progress=lambda done, total: None,
+        )
+        assert isinstance(model, Decoder)
+        pool = KVPool(model.kv_shapes, PAGES, PAGE_SIZE, torch.float32, DEVICE)
+        runner = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 8, CONTEXT)
+        # No place in memory: a step that looked there would end the process.
+        runner.results.last_tokens.fill_(10**9)
+        runner.compile_kernels(1, lambda done, total: None)
+    assert launched
 
 
 def capture_everything(runner: GraphRunner) -> None:
