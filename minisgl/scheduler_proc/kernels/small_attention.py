@@ -41,7 +41,7 @@ class AttentionParts(NamedTuple):
 
 def _most_parts(rows: int) -> int:
     """Among how many programs at most one row's keys are parted: more need more time to be taken together."""
-    return 32 if rows == 1 else 16 if rows <= 4 else 8
+    return 32 if rows <= 2 else 16 if rows <= 4 else 8
 
 
 def _keys_together(rows: int, bytes_of_key: int) -> int:
