@@ -65,6 +65,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Accepted and not ended, in order of arrival."""
         self.output: dict[int, list[int]] = {}
         self.in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self.sent_pages: dict[int, tuple[list[int], list[int]]] = {}
+        """Of each request the list of pages that a step was launched with, and what was in it."""
 
     @rule(
         prompt=st.one_of(
@@ -128,6 +130,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert prompt_tokens <= self.scheduler.limits.step_tokens
         if not self.in_flight:
             assert self.alive[0] in [row.request.rid for row in plan.rows], "the oldest request was passed over"
+        for row in plan.rows:
+            pages, rid = row.request.pages, row.request.rid
+            sent_list, sent = self.sent_pages.get(rid, ([], []))
+            assert sent_list is not pages or pages[: len(sent)] == sent, "a list of pages did more than grow"
+            self.sent_pages[rid] = pages, list(pages)
         self.in_flight.append((plan, self.engine.launch(plan)))
 
     @precondition(lambda self: self.in_flight)
