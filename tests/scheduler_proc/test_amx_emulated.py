@@ -1,0 +1,133 @@
+"""The products on AMX tiles with the tiles played by numpy, so that they are tested on CPUs that have none."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
+
+from minisgl.scheduler_proc.cpu import amx
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, PAIR, pack
+
+SUMS, ROWS, COLUMNS = range(4), (4, 5), (6, 7)
+
+
+class Tiles:
+    """Eight tiles, which refuse what the instructions refuse (see amx.py for the manual)."""
+
+    def __init__(self) -> None:
+        self.data = np.zeros((8, 16, 64), np.uint8)
+        self.rows, self.row_bytes = [0] * 8, [0] * 8
+
+    def configure(self, shapes: np.ndarray) -> None:
+        assert shapes.shape == (64,) and shapes[0] == 1
+        self.data[:] = 0
+        self.rows, self.row_bytes = shapes[48:56].tolist(), shapes[16:32].view(np.uint16).tolist()
+
+    def zero(self, tile: int) -> Callable[[], None]:
+        return lambda: self.data[tile].fill(0)
+
+    def load(self, tile: int) -> Callable[[int, int], None]:
+        def load(address: int, stride: int) -> None:
+            self.data[tile] = 0
+            for row in range(self.rows[tile]):
+                ctypes.memmove(self.data[tile, row].ctypes.data, address + row * stride, self.row_bytes[tile])
+
+        return load
+
+    def store(self, tile: int) -> Callable[[int, int], None]:
+        def store(address: int, stride: int) -> None:
+            for row in range(self.rows[tile]):
+                ctypes.memmove(address + row * stride, self.data[tile, row].ctypes.data, self.row_bytes[tile])
+
+        return store
+
+    def multiply(self, c: int, a: int, b: int) -> Callable[[], None]:
+        def multiply() -> None:
+            assert self.row_bytes[c] == self.row_bytes[b] and self.rows[c] == self.rows[a]
+            assert self.row_bytes[a] // 4 == self.rows[b]
+            left, right = (self._halves(tile) for tile in (a, b))
+            products = np.einsum("mkp,knp->mn", left[:, : self.rows[b]], right[: self.rows[b]])
+            self.data[c].view(np.float32)[: self.rows[c]] += products[: self.rows[c]]
+
+        return multiply
+
+    def _halves(self, tile: int) -> np.ndarray:
+        """A tile's pairs of bfloat16, float32 [16, 16, 2]."""
+        bits = self.data[tile].view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(16, 16, 2)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
+    tiles = Tiles()
+    for tile in SUMS:
+        monkeypatch.setattr(amx, f"zero_{tile}", tiles.zero(tile))
+        monkeypatch.setattr(amx, f"store_{tile}", tiles.store(tile))
+        monkeypatch.setattr(amx, f"score_{tile}", tiles.multiply(tile, 4, 6))
+        monkeypatch.setattr(amx, f"sum_{tile}", tiles.multiply(tile, 5, 7))
+    for tile, name in ((4, "keys"), (5, "values"), (6, "queries"), (7, "weights")):
+        monkeypatch.setattr(amx, f"load_{tile}", tiles.load(tile))
+        monkeypatch.setattr(amx, f"load_{name}", tiles.load(tile))
+    for c, a, b in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+        monkeypatch.setattr(amx, f"multiply_{c}{a}{b}", tiles.multiply(c, a, b))
+    monkeypatch.setattr(amx, "prefetch", lambda address: None)
+    monkeypatch.setattr(amx, "get_long", lambda address, index: ctypes.c_int64.from_address(address + 8 * index).value)
+    return tiles
+
+
+def uncompiled(function: Any) -> Callable[..., None]:
+    """What numba was given: it calls the tiles that the test has put in place."""
+    return function.py_func  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", range(1, PAIR + 1))
+def test_products_of_rows_with_a_pair_of_blocks(count: int, tiles: Tiles) -> None:
+    depths = 3
+    weight = torch.randn(PAIR, depths * DEPTH, dtype=torch.bfloat16)
+    rows = torch.randn(PAIR, depths * DEPTH, dtype=torch.bfloat16)
+    in_tiles = rows.view(-1, BLOCK, depths, DEPTH).transpose(1, 2).contiguous()
+    packed = pack(weight)
+    sums = torch.full((PAIR, PAIR), float("nan"))
+    tiles.configure(amx.shapes_of_rows(count))
+    uncompiled(amx.multiply)(packed.data_ptr(), depths, in_tiles.data_ptr(), count, sums.data_ptr())
+    torch.testing.assert_close(sums[:count], rows[:count].float() @ weight.float().T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_and_sums_of_values(head_dim: int, tiles: Tiles) -> None:
+    blocks = 3
+    keys = torch.randn(blocks, BLOCK, head_dim, dtype=torch.bfloat16)
+    values = torch.randn(blocks, BLOCK, head_dim, dtype=torch.bfloat16)
+    queries = torch.randn(BLOCK, head_dim, dtype=torch.bfloat16)
+    pool = torch.cat(
+        (
+            keys.view(blocks, BLOCK, -1, DEPTH).transpose(1, 2).reshape(blocks, -1),
+            values.transpose(1, 2).reshape(blocks, -1),
+        ),
+        dim=1,
+    ).contiguous()
+    places = [pool.data_ptr() + index * pool.stride(0) * 2 for index in range(blocks)]
+    places += places[-1:] * (-blocks % BLOCKS_AT_ONCE)
+    addresses = np.array(places, np.int64)
+    query_tile = queries.view(BLOCK, head_dim // 2, 2).transpose(0, 1).contiguous()
+    scores = torch.empty(len(places) * BLOCK, BLOCK)
+    tiles.configure(amx.ATTENTION_SHAPES)
+    uncompiled(amx.score)(addresses.ctypes.data, blocks, head_dim // DEPTH, query_tile.data_ptr(), scores.data_ptr())
+    expected = keys.reshape(-1, head_dim).float() @ queries.float().T
+    torch.testing.assert_close(scores[: blocks * BLOCK], expected, rtol=1e-5, atol=1e-3)
+
+    weights = torch.rand(blocks * BLOCK, BLOCK).bfloat16()
+    in_pairs = weights.view(-1, 2, BLOCK).transpose(1, 2).contiguous()
+    for columns in (32, 64):
+        sums = torch.empty(columns, BLOCK)
+        offset = BLOCK * head_dim * 2
+        uncompiled(amx.sum_values)(addresses.ctypes.data, blocks, offset, columns, in_pairs.data_ptr(), sums.data_ptr())
+        expected = values.reshape(-1, head_dim)[:, :columns].float().T @ weights.float()
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-3)
