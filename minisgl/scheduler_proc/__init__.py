@@ -12,7 +12,7 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     kv_pages.py   which KV pages are free
     engine.py     runs a StepPlan on the device and returns one token per sampling row
     compute_path.py  which code computes the steps: the two that follow, or plain torch
-    cpu/          whole steps on the tiles of x86 CPUs with AMX
+    cpu/          whole steps on x86 CPUs with AMX or AVX512-BF16
     cuda_graphs.py  the engine's CUDA path: steps as captured graphs; graph_sizes.py: which of them, in which order
     sampler.py    logits -> token ids, each row by its own parameters; device_sampler.py: the same by kernels on CUDA
     grammar.py    one request's grammar: which tokens may come next; json_schema.py: schemas as xgrammar enforces them

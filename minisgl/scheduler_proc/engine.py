@@ -242,7 +242,7 @@ class StepEngine:
         return to_host(torch.stack((tokens, finite.long()))), score_rows(plan.rows, logits, tokens)
 
     def _run_tiled(self, plan: StepPlan, tiles: TiledForward) -> tuple[torch.Tensor, list[PendingLogprobs]]:
-        """Compute a step on a CPU's tiles; its results as in InFlightStep."""
+        """Compute a step compiled for the CPU; its results as in InFlightStep."""
         sampling = [row for row in plan.rows if row.sample]
         if always_greedy(sampling) and not any(row.request.asks_logprobs for row in plan.rows):
             return tiles.likeliest(plan), []

@@ -26,6 +26,8 @@ from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, place
 
 SEGMENT = 256
 """Keys whose scores are in the first-level cache together."""
+ROWS_A_TURN = 8
+"""Keys of one turn of the softmax's loops; a block's 16 are whole turns."""
 LOWEST = np.float32(-1e30)
 """Below every score; finite, so that no difference of two is NaN."""
 
@@ -61,9 +63,12 @@ def _weigh(scores, keys, factor, scratch):
     """
     for query in range(BLOCK):
         set_float(scratch.shrink, query, LOWEST)
-    for key in range(keys):
+    # Several rows a turn, so that few turns wait for what the one before has stored.
+    for key in range(0, keys, ROWS_A_TURN):
         for query in range(BLOCK):
-            top = max(get_float(scratch.shrink, query), get_float(scores, key * BLOCK + query))
+            top = get_float(scratch.shrink, query)
+            for row in range(ROWS_A_TURN):
+                top = max(top, get_float(scores, (key + row) * BLOCK + query))
             set_float(scratch.shrink, query, top)
     for query in range(BLOCK):
         before = get_float(scratch.highest, query)
@@ -72,15 +77,16 @@ def _weigh(scores, keys, factor, scratch):
         set_float(scratch.highest, query, now)
         set_float(scratch.shrink, query, shrink)
         set_float(scratch.totals, query, get_float(scratch.totals, query) * shrink)
-    for pair in range(keys // 2):
-        row = 2 * pair * BLOCK
+    for key in range(0, keys, ROWS_A_TURN):
         for query in range(BLOCK):
-            highest = get_float(scratch.highest, query)
-            low = exp2(get_float(scores, row + query) * factor - highest)
-            high = exp2(get_float(scores, row + BLOCK + query) * factor - highest)
-            set_float(scratch.totals, query, get_float(scratch.totals, query) + (low + high))
-            both = np.uint32(to_bfloat16(low)) | np.uint32(to_bfloat16(high)) << np.uint32(16)
-            set_word(scratch.weights, pair * BLOCK + query, both)
+            highest, total = get_float(scratch.highest, query), np.float32(0.0)
+            for row in range(key, key + ROWS_A_TURN, 2):
+                low = exp2(get_float(scores, row * BLOCK + query) * factor - highest)
+                high = exp2(get_float(scores, (row + 1) * BLOCK + query) * factor - highest)
+                total += low + high
+                both = np.uint32(to_bfloat16(low)) | np.uint32(to_bfloat16(high)) << np.uint32(16)
+                set_word(scratch.weights, row // 2 * BLOCK + query, both)
+            set_float(scratch.totals, query, get_float(scratch.totals, query) + total)
 
 
 @compiled

@@ -162,7 +162,7 @@ class Scratch(NamedTuple):
     Attributes:
         thread: its number.
         instructions: which multiply, see instructions.py.
-        sums: float32 [32, 32], a product's outputs as they leave the tiles.
+        sums: float32 [32, 32], a product's outputs.
         shapes: of AMX's tiles, for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
         query_tile: words [half, 16], two bfloat16 each: a tile of queries.
         lows, limits: int32 [16], which keys its queries see.

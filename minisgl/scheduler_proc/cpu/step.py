@@ -1,7 +1,7 @@
 """One whole step of a decoder, from token ids to logits, as a function that every thread of a team runs.
 
 The threads go through the same phases; in each they take items (rows, blocks of output columns, tiles of attention)
-until none is left, then wait for each other. Between the tiles everything is float32.
+until none is left, then wait for each other. Between the products everything is float32.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from minisgl.scheduler_proc.cpu.compiler import inlined
 BLOCK = 16
 """Output columns of one packed block, and rows of a tile."""
 DEPTH = 32
-"""Input columns that one tile instruction sums over."""
+"""Input columns of a tile."""
 PAIR = 2 * BLOCK
-"""Rows and columns of the output that a thread has in its tiles at a time."""
+"""Output columns of a pair of blocks, and rows that are multiplied with it at a time."""
 TILE_BYTES = 1024
 """Of 16 rows by 32 bfloat16 columns."""
 LINE = 64
