@@ -21,12 +21,14 @@ from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, 
 from minisgl.scheduler_proc.device import cpu_flags
 
 ROWS = 8
-"""Rows whose sums are in registers together: 16 of 32, where 6 would hide how long an instruction takes."""
+"""Rows whose sums are in registers together: 16 of the 32, where 6 would hide how long an instruction takes."""
 CHUNK = 28
 """Depths that all rows are multiplied with before the next: 56 KB of a pair."""
 WORDS = TILE_BYTES // LINE
 
-FLOATS, HALVES = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)
+FLOATS = ir.VectorType(ir.FloatType(), 16)
+# Two bfloat16 in each word: the only form that all versions of LLVM take.
+HALVES = ir.VectorType(INT, 16)
 
 
 def permitted() -> bool:
