@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +15,15 @@ if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the interpreter needs it too")
 
+from tiny_models import random_decoder  # noqa: E402
+
 from minisgl.sampling_params import SamplingParams  # noqa: E402
 from minisgl.scheduler_proc import cuda_graphs  # noqa: E402
 from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
 from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
-from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch  # noqa: E402
 from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder, StepLogits  # noqa: E402
-from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow  # noqa: E402
 
 PAGE_SIZE, PAGES, CONTEXT = 4, 64, 128
@@ -57,18 +56,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "captured", ["no graph", *(pytest.param(some, marks=pytest.mark.gpu) for some in ("few", "all"))]
 )
 def test_logits_equal_the_plain_decoder(family: str, captured: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES[family]}))
     with torch.inference_mode():
-        model = load_model(
-            tmp_path,
-            dtype=torch.float32,
-            device=DEVICE,
-            context_length=CONTEXT,
-            dummy_seed=1,
-            trust_remote_code=False,
-            progress=lambda done, total: None,
-        )
-        assert isinstance(model, Decoder)
+        model = random_decoder(tmp_path, {**SHAPE, **FAMILIES[family]}, DEVICE, CONTEXT)
         plain_pool, fused_pool = (KVPool(model.kv_shapes, PAGES, PAGE_SIZE, torch.float32, DEVICE) for _ in range(2))
         plain = TorchSdpaAttention(plain_pool)
         runner = GraphRunner(FusedDecoder(model, fused_pool, CONTEXT), fused_pool, 8, CONTEXT)
@@ -125,19 +114,9 @@ def test_logits_equal_the_plain_decoder(family: str, captured: str, tmp_path: Pa
 @pytest.mark.gpu
 def test_a_step_of_many_parts_keeps_their_inputs_apart(tmp_path: Path) -> None:
     """More prompts than one graph takes, and than there are staging buffers: none may overwrite another's inputs."""
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES["qwen2"]}))
     prompts, length = 24, 100
     with torch.inference_mode():
-        model = load_model(
-            tmp_path,
-            dtype=torch.float32,
-            device=DEVICE,
-            context_length=CONTEXT,
-            dummy_seed=1,
-            trust_remote_code=False,
-            progress=lambda done, total: None,
-        )
-        assert isinstance(model, Decoder)
+        model = random_decoder(tmp_path, {**SHAPE, **FAMILIES["qwen2"]}, DEVICE, CONTEXT)
         pool = KVPool(model.kv_shapes, prompts * 30 + 1, PAGE_SIZE, torch.float32, DEVICE)
         runner = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 64, CONTEXT)
         capture_everything(runner)
@@ -162,7 +141,6 @@ def test_what_is_launched_only_to_be_compiled_takes_no_tokens_of_other_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels that the process has already do run then, and tokens may be whatever others have not written."""
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **FAMILIES["qwen2"]}))
     launched: list[bool] = []
 
     def launch(launch_all: Callable[[], None], *others: object) -> None:
@@ -172,16 +150,7 @@ def test_what_is_launched_only_to_be_compiled_takes_no_tokens_of_other_steps(
     monkeypatch.setattr(cuda_graphs, "compile_ahead", launch)
     monkeypatch.setattr(cuda_graphs, "capture_order", lambda decodes, prefills: ([2, (16, 1), 1], 3))
     with torch.inference_mode():
-        model = load_model(
-            tmp_path,
-            dtype=torch.float32,
-            device=DEVICE,
-            context_length=CONTEXT,
-            dummy_seed=1,
-            trust_remote_code=False,
-            progress=lambda done, total: None,
-        )
-        assert isinstance(model, Decoder)
+        model = random_decoder(tmp_path, {**SHAPE, **FAMILIES["qwen2"]}, DEVICE, CONTEXT)
         pool = KVPool(model.kv_shapes, PAGES, PAGE_SIZE, torch.float32, DEVICE)
         runner = GraphRunner(FusedDecoder(model, pool, CONTEXT), pool, 8, CONTEXT)
         # No place in memory: a step that looked there would end the process.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the interpreter needs it too")
 
+from tiny_models import random_decoder  # noqa: E402
+
 from minisgl.config import ModelSpec, ServerConfig  # noqa: E402
 from minisgl.messages import Logprobs, TokenizedRequest  # noqa: E402
 from minisgl.sampling_params import SamplingParams  # noqa: E402
@@ -26,7 +27,6 @@ from minisgl.scheduler_proc.engine import StepEngine  # noqa: E402
 from minisgl.scheduler_proc.models.decoder import Decoder  # noqa: E402
 from minisgl.scheduler_proc.models.forward_batch import ForwardBatch  # noqa: E402
 from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder  # noqa: E402
-from minisgl.scheduler_proc.models.loader import load_model  # noqa: E402
 
 PAGE_SIZE, PAGES, CONTEXT, VOCAB_SIZE = 4, 64, 64, 97
 CONFIG = ServerConfig(device="cpu", max_running_requests=4, chunked_prefill_size=8)
@@ -90,18 +90,8 @@ def serve(engine: StepEngine) -> tuple[dict[int, list[int]], dict[int, list[Logp
 )
 def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, pages: int, tmp_path: Path) -> None:
     """With all the pages they need, and with so few that requests are preempted."""
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     with torch.inference_mode():
-        model = load_model(
-            tmp_path,
-            dtype=torch.float32,
-            device=DEVICE,
-            context_length=CONTEXT,
-            dummy_seed=1,
-            trust_remote_code=False,
-            progress=lambda done, total: None,
-        )
-        assert isinstance(model, Decoder)
+        model = random_decoder(tmp_path, SHAPE, DEVICE, CONTEXT)
         # Noise this small makes nearly equal logits; larger weights keep rounding from deciding.
         model.weights.embedding.mul_(20)
         plain, fused = engine_of(model, PAGES, False, captured), engine_of(model, pages, True, captured)

@@ -106,7 +106,8 @@ def test_a_choice_matches_its_texts_alone_whatever_is_in_them(compiler: GrammarC
         ("ebnf", 'root ::= "a" root2\nroot2 ::= root2', "no token of this model can follow"),
         ("json_schema", "{", "not valid JSON"),
         ("json_schema", '{"type": "any"}', "Unsupported type"),
-        ("json_schema", '{"$ref": "#"}', "no token of this model can follow"),
+        # xgrammar sees this by itself since 0.2.9.
+        ("json_schema", '{"$ref": "#"}', ("no token of this model can follow", "Circular $ref")),
         ("json_schema", '{"$ref": "http://127.0.0.1:1/s.json"}', "inside this one"),
         ("json_schema", '{"oneOf": [{"type": "integer"}, {"type": "number"}]}', "oneOf with overlapping"),
         ("json_schema", '{"pattern": "a+", "maxLength": 3}', "minLength/maxLength is not supported"),
@@ -119,11 +120,12 @@ def test_a_choice_matches_its_texts_alone_whatever_is_in_them(compiler: GrammarC
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_the_reason(
-    compiler: GrammarCompiler, kind: str, source: str, reason: str
+    compiler: GrammarCompiler, kind: str, source: str, reason: str | tuple[str, ...]
 ) -> None:
     status, code, message = refusal(compiler.compile(Grammar(kind, source)))
     assert (status, code) == (400, "invalid_grammar")
-    assert message.startswith(f"{kind}: ") and reason in message and "/project/" not in message
+    assert message.startswith(f"{kind}: ") and "/project/" not in message
+    assert any(words in message for words in ((reason,) if isinstance(reason, str) else reason))
 
 
 def test_time_and_memory_are_limited_and_others_go_on_meanwhile(compiler: GrammarCompiler) -> None:

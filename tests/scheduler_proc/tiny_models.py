@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from minisgl.messages import TokenizedRequest
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.engine import StepEngine
+from minisgl.scheduler_proc.models.decoder import Decoder
+from minisgl.scheduler_proc.models.loader import load_model
 
 VOCAB_SIZE = 97
 CONTEXT_LENGTH = 128
@@ -167,6 +170,22 @@ def load_engine(spec: ModelSpec, **settings: Any) -> StepEngine:
     """An engine in float32 on the CPU, unless the settings say otherwise."""
     config = server_config(**settings)
     return StepEngine.load(config, spec, 0, lambda stage, done, total: None)
+
+
+def random_decoder(directory: Path, shape: dict[str, Any], device: torch.device, context_length: int) -> Decoder:
+    """A float32 decoder of random weights, whose config.json is written to the directory."""
+    (directory / "config.json").write_text(json.dumps(shape))
+    model = load_model(
+        directory,
+        dtype=torch.float32,
+        device=device,
+        context_length=context_length,
+        dummy_seed=1,
+        trust_remote_code=False,
+        progress=lambda done, total: None,
+    )
+    assert isinstance(model, Decoder)
+    return model
 
 
 def server_config(**settings: Any) -> ServerConfig:
