@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds; the
 from tiny_models import random_decoder  # noqa: E402
 
 from minisgl.config import ModelSpec, ServerConfig  # noqa: E402
-from minisgl.messages import Logprobs, TokenizedRequest  # noqa: E402
+from minisgl.messages import NO_TOKEN, Logprobs, TokenizedRequest  # noqa: E402
 from minisgl.sampling_params import SamplingParams  # noqa: E402
 from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
@@ -111,3 +113,65 @@ def test_tokens_and_log_probabilities_equal_the_plain_engine(captured: bool, pag
             )
             assert ours.values == pytest.approx(theirs.values, abs=1e-4, nan_ok=True)
             assert ours.top_values == pytest.approx(theirs.top_values, abs=1e-4, nan_ok=True)
+
+
+@dataclass
+class Visit:
+    """A request that is submitted before a step, and perhaps aborted before a later one."""
+
+    step: int
+    prompt: list[int]
+    sampling: SamplingParams
+    aborted_at: int | None
+
+
+def visits_of(seed: int) -> list[Visit]:
+    """Ten requests that come at different times, with prompts that share beginnings."""
+    random = Random(seed)
+    prompts = [random.choices(range(VOCAB_SIZE), k=random.randrange(1, 20)) for _ in range(3)]
+    kinds: list[dict[str, Any]] = [{"temperature": 0.0}] * 4
+    kinds += [{"temperature": 0.8}, {"repetition_penalty": 1.3}, {"logit_bias": ((3, 5.0),), "temperature": 0.0}]
+    visits = []
+    for index in range(10):
+        prompt, step = random.choice(prompts), random.randrange(30)
+        fields = {"temperature": 0.0, "max_new_tokens": random.randrange(1, 16), **random.choice(kinds)}
+        sampling = SamplingParams(**fields, seed=index, ignore_eos=True)
+        aborted_at = step + random.randrange(3, 25) if random.random() < 0.25 else None
+        visits.append(
+            Visit(step, prompt[: random.choice([len(prompt), random.randint(1, len(prompt))])], sampling, aborted_at)
+        )
+    return visits
+
+
+def tokens_of_visits(engine: StepEngine, visits: list[Visit]) -> list[list[int]]:
+    core, step = ReplicaCore(engine, CONFIG, SPEC), 0
+    tokens: list[list[int]] = [[] for _ in visits]
+    while core.busy or step < 60:
+        for rid, visit in enumerate(visits):
+            if visit.step == step:
+                assert core.submit(TokenizedRequest(rid, list(visit.prompt), visit.sampling, [0])) is None
+            if visit.aborted_at == step:
+                core.abort(rid)
+        batch = core.step() if core.busy else None
+        for rid, token_id in zip(batch.rids, batch.token_ids, strict=True) if batch else ():
+            tokens[rid] += [token_id] * (token_id != NO_TOKEN)
+        step += 1
+    assert core.scheduler.leaked_pages() == 0
+    return tokens
+
+
+# The interpreter takes five seconds for one.
+@pytest.mark.parametrize("seed", range(20 if DEVICE.type == "cuda" else 2))
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_tokens_are_the_same_whoever_comes_and_goes(captured: bool, seed: int, tmp_path: Path) -> None:
+    """Company that changes, shared prefixes, aborts and preemptions, beside rows that go on for many steps."""
+    with torch.inference_mode():
+        model = random_decoder(tmp_path, SHAPE, DEVICE, CONTEXT)
+        model.weights.embedding.mul_(20)
+        plain, fused = engine_of(model, PAGES, False, False), engine_of(model, (9, 12)[seed % 2], True, captured)
+    visits = visits_of(seed)
+    expected, found = tokens_of_visits(plain, visits), tokens_of_visits(fused, visits)
+    for visit, right, tokens in zip(visits, expected, found, strict=True):
+        if visit.aborted_at is None:
+            assert len(tokens) == visit.sampling.max_new_tokens
+        assert tokens[: len(right)] == right[: len(tokens)]
