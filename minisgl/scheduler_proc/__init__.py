@@ -14,6 +14,8 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     compute_path.py  which code computes the steps: the two that follow, or plain torch
     cpu/          whole steps on x86 CPUs with AMX or AVX512-BF16
     cuda_graphs.py  the engine's CUDA path: steps as captured graphs; graph_sizes.py: which of them, in which order
+    decode_rows.py  what decode graphs read, kept on the device; prefill_rows.py: what prefill graphs do, sent by
+                  input_block.py; step_results.py: where both leave their tokens
     sampler.py    logits -> token ids, each row by its own parameters; device_sampler.py: the same by kernels on CUDA
     grammar.py    one request's grammar: which tokens may come next; json_schema.py: schemas as xgrammar enforces them
     grammar_compiler.py  compiles grammars beside the loop, in grammar_server.py, a process of its own
