@@ -73,12 +73,12 @@ class Inbox:
     def wait(self, timeout_ms: int) -> bool:
         """Wait until something can be received, at most `timeout_ms`."""
         now = time.monotonic()
-        awake_until = min(self._awake_until, now + timeout_ms / 1e3)
-        while now < awake_until:
+        deadline = now + timeout_ms / 1e3
+        while now < min(self._awake_until, deadline):
             if self._socket.poll(0):
                 return True
             now = time.monotonic()
-        return bool(self._socket.poll(timeout_ms))
+        return bool(self._socket.poll(max(0, round((deadline - now) * 1e3))))
 
     def receive(self) -> Message | None:
         """The next message, or None when nothing waits. Never blocks."""

@@ -161,7 +161,7 @@ _BUSY_POLL_MS = 100
 
 
 def with_worker_counts(config: ServerConfig, replicas: int, cpus: int | None = None) -> ServerConfig:
-    """The settings with the numbers of workers that were left to choose (0).
+    """The settings with the numbers of workers (0) and the busy polling (None) that were left to choose.
 
     A GPU makes up to 90,000 tokens a second of a small model. One costs http 7 to 14 us and the detokenizer 3 to 6, the
     less the further behind they are (bench/ENGINE_LOG.md, entry 6); a request costs http some 300 us and the tokenizer

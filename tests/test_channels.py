@@ -97,9 +97,13 @@ def test_an_inbox_stays_awake_for_a_while_after_tokens_and_only_then(address: st
     receive(inbox, 1)
     # Others may want this CPU.
     assert cpu_seconds_of_a_wait() > 0.02
+    outbox.send(TokenBatch(0, 1, 2, 0, 0))
+    receive(inbox, 1)
+    began = time.monotonic()
+    assert not inbox.wait(400)
+    assert time.monotonic() - began < 0.6, "it looked for 300 ms and then slept for 400"
     outbox.send(AbortRequest(2))
     assert receive(inbox, 1) == [AbortRequest(2)]
-    time.sleep(0.3)
     assert cpu_seconds_of_a_wait() < 0.01
     outbox.close()
     inbox.close()

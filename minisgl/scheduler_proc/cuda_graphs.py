@@ -11,7 +11,6 @@ graph_sizes.py).
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -39,8 +38,6 @@ from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder, StepLogits
 from minisgl.scheduler_proc.prefill_rows import PrefillRows
 from minisgl.scheduler_proc.request import StepPlan, StepRow, scored_positions
 from minisgl.scheduler_proc.step_results import StepResults
-
-logger = logging.getLogger(__name__)
 
 
 class GraphRunner:

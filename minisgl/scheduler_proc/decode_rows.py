@@ -135,7 +135,8 @@ class DecodeRows:
         )
 
     def columns(self, rows: Sequence[StepRow]) -> tuple[Array, Array, Array, Array]:
-        """Input ids, their places in last_tokens or -1, and positions of decode rows, and their page table."""
+        """Input ids, their places in last_tokens or -1, and positions of decode rows, each int32 [rows], and their page
+        table, int32 [rows, most pages of a row]."""
         page_size = self._page_size
         counts = [row.start // page_size + 1 for row in rows]
         table = np.zeros((len(rows), max(counts, default=0)), np.int32)

@@ -166,7 +166,8 @@ class Scheduler:
     def plan(self, beside_decodes: int | None = None) -> StepPlan | None:
         """The next step: every decoding request first, then as much prompt as the step's budget leaves room for.
 
-        Where requests decode, that is `beside_decodes` tokens at most, but a page in any case.
+        Where requests decode, that is `beside_decodes` tokens at most, but in any case LEAST_PREFILL, or a page if that
+        is less.
 
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
