@@ -41,7 +41,7 @@ def test_help_is_there_and_imports_nothing_heavy(script):
 
 def test_a_run_on_the_demo_model_is_a_result_with_a_report(tmp_path):
     done = run(
-        *("server_bench.py", "--systems", "minisgl", "--concurrency", "1,3", "--rounds", "1", "--output-len", "8"),
+        *("server_bench.py", "--systems", "minisgl", "--concurrency", "1,3", "--rounds", "1", "--output-len", "64"),
         *("--waves", "2", "--min-requests", "3", "--out", str(tmp_path), "--records"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,16 +50,16 @@ def test_a_run_on_the_demo_model_is_a_result_with_a_report(tmp_path):
     assert report["remarks"] == []
     assert [(cell["level"]["concurrency"], cell["requests"]) for cell in report["cells"]] == [(1, 3), (3, 6)]
     for cell in report["cells"]:
-        assert cell["output_tokens"] == 8
+        assert cell["output_tokens"] == 64
         assert cell["prompt_tokens"] == 16
         assert 0 < cell["ttft"]["p50"] <= cell["ttft"]["p99"] <= cell["e2e"]["p99"]
         assert cell["decode"]["copy_fraction"] > 0
     assert report["servers"]["minisgl"]["facts"]["version"].startswith("0.")
-    assert "## 16 in, 8 out" in (tmp_path / "server.md").read_text()
+    assert "## 16 in, 64 out" in (tmp_path / "server.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "server.records.jsonl").read_text().splitlines()]
     assert Counter(row["level"] for row in rows) == {"1": 3, "3": 6}
-    # Tokens that came with the first one have no gap.
-    assert all(0 < len(row["gaps_ms"]) <= 7 for row in rows)
+    # Tokens that came with the first one have no gap; of 8, all may on a busy machine.
+    assert all(0 < len(row["gaps_ms"]) <= 63 for row in rows)
 
 
 def wait_for_answers(server, count):
