@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
 
 from minisgl.scheduler_proc.cpu import amx
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, PAIR, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, BYTES_DEPTH, DEPTH, PAIR, pack, pack_bytes
 
 SUMS, ROWS, COLUMNS = range(4), (4, 5), (6, 7)
 
@@ -49,14 +49,20 @@ class Tiles:
         return store
 
     def multiply(self, c: int, a: int, b: int) -> Callable[[], None]:
+        return lambda: self._add(c, np.float32, a, self._halves(a), b, self._halves(b))
+
+    def multiply_bytes(self, c: int, a: int, b: int) -> Callable[[], None]:
         def multiply() -> None:
-            assert self.row_bytes[c] == self.row_bytes[b] and self.rows[c] == self.rows[a]
-            assert self.row_bytes[a] // 4 == self.rows[b]
-            left, right = (self._halves(tile) for tile in (a, b))
-            products = np.einsum("mkp,knp->mn", left[:, : self.rows[b]], right[: self.rows[b]])
-            self.data[c].view(np.float32)[: self.rows[c]] += products[: self.rows[c]]
+            left, right = self.data[a].reshape(16, 16, 4), self.data[b].view(np.int8).reshape(16, 16, 4)
+            self._add(c, np.int32, a, left.astype(np.int32), b, right.astype(np.int32))
 
         return multiply
+
+    def _add(self, c: int, kind: type[np.generic], a: int, left: np.ndarray, b: int, right: np.ndarray) -> None:
+        assert self.row_bytes[c] == self.row_bytes[b] and self.rows[c] == self.rows[a]
+        assert self.row_bytes[a] // 4 == self.rows[b]
+        products = np.einsum("mkp,knp->mn", left[:, : self.rows[b]], right[: self.rows[b]])
+        self.data[c].view(kind)[: self.rows[c]] += products[: self.rows[c]]
 
     def _halves(self, tile: int) -> np.ndarray:
         """A tile's pairs of bfloat16, float32 [16, 16, 2]."""
@@ -77,7 +83,9 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
         monkeypatch.setattr(amx, f"load_{name}", tiles.load(tile))
     for c, a, b in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
         monkeypatch.setattr(amx, f"multiply_{c}{a}{b}", tiles.multiply(c, a, b))
-    monkeypatch.setattr(amx, "prefetch", lambda address: None)
+        monkeypatch.setattr(amx, f"bytes_{c}{a}{b}", tiles.multiply_bytes(c, a, b))
+    for name in ("prefetch", "prefetch_far"):
+        monkeypatch.setattr(amx, name, lambda address: None)
     monkeypatch.setattr(amx, "get_long", lambda address, index: ctypes.c_int64.from_address(address + 8 * index).value)
     return tiles
 
@@ -96,8 +104,25 @@ def test_products_of_rows_with_a_pair_of_blocks(count: int, tiles: Tiles) -> Non
     packed = pack(weight)
     sums = torch.full((PAIR, PAIR), float("nan"))
     tiles.configure(amx.shapes_of_rows(count))
-    uncompiled(amx.multiply)(packed.data_ptr(), depths, in_tiles.data_ptr(), count, sums.data_ptr())
-    torch.testing.assert_close(sums[:count], rows[:count].float() @ weight.float().T, rtol=1e-5, atol=1e-3)
+    place = packed.data_ptr()
+    for part in range(3):
+        arguments = (False, place, place, part, depths, in_tiles.data_ptr(), count, sums.data_ptr())
+        uncompiled(amx.multiply)(*arguments)
+        torch.testing.assert_close(sums[:count], rows[:count].float() @ weight.float().T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", range(2, PAIR + 1, 2))
+def test_products_of_bytes_with_a_pair_of_blocks(count: int, tiles: Tiles) -> None:
+    depths = 2
+    weight = torch.randint(-127, 128, (PAIR, depths * BYTES_DEPTH), dtype=torch.int8)
+    rows = torch.randint(0, 256, (PAIR, depths * BYTES_DEPTH), dtype=torch.uint8)
+    in_tiles = rows.view(-1, BLOCK, depths, BYTES_DEPTH).transpose(1, 2).contiguous()
+    packed = pack_bytes(weight)
+    sums = torch.full((PAIR, PAIR), -1, dtype=torch.int32)
+    tiles.configure(amx.shapes_of_rows(count))
+    place = packed.data_ptr()
+    uncompiled(amx.multiply)(True, place, place, 0, depths, in_tiles.data_ptr(), count, sums.data_ptr())
+    assert torch.equal(sums[:count].long(), rows[:count].long() @ weight.long().T)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -1,7 +1,8 @@
 """Products on the tiles of Intel's AMX.
 
 Tiles are eight registers (Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, chapter 18): up to 16
-rows of 64 bytes each. A product adds A [rows, 2 k] times B [k, columns, 2] to C [rows, columns].
+rows of 64 bytes each. A product adds A [rows, 2 k] times B [k, columns, 2] to C [rows, columns]; of bytes, A has 4 k
+columns and B [k, columns, 4].
 """
 
 from __future__ import annotations
@@ -15,17 +16,30 @@ from llvmlite import ir
 from numba import types
 
 from minisgl.scheduler_proc.cpu.compiler import compiled
-from minisgl.scheduler_proc.cpu.intrinsics import BYTE, POINTER, VOID, Intrinsic, call, intrinsic, prefetch
+from minisgl.scheduler_proc.cpu.intrinsics import (
+    BYTE,
+    POINTER,
+    VOID,
+    Intrinsic,
+    call,
+    intrinsic,
+    prefetch,
+    prefetch_far,
+)
 from minisgl.scheduler_proc.cpu.memory import get_long
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
+from minisgl.scheduler_proc.device import cpu_flags
 
-AHEAD = 4096
-"""Bytes of a weight that are asked for ahead of their use, from memory or from the second-level cache."""
+AHEAD = 2048
+"""Bytes of a pair that are asked for ahead of their use, from memory or from the second-level cache."""
+ASKED_LINES = 4
+"""Lines of the next pair that are asked for with each depth of all rows but the first 32, about as fast as they come.
+The first 32 read their own pair from memory, and the CPU reads ahead for them by itself."""
 
 
 def permitted() -> bool:
     """Whether this CPU has tiles and the system lets this process use them, which is asked for here."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return {"amx_tile", "amx_bf16", "amx_int8"} <= cpu_flags() and torch.cpu._init_amx()
 
 
 def _tile(number: int) -> Any:
@@ -71,11 +85,19 @@ def _tile_transfer(tile: int, instruction: str) -> Intrinsic:
 
 def tile_multiply(c: int, a: int, b: int) -> Intrinsic:
     """() -> None: C += A B, of bfloat16 with float32 sums."""
+    return _tile_product("llvm.x86.tdpbf16ps", c, a, b)
 
+
+def tile_multiply_bytes(c: int, a: int, b: int) -> Intrinsic:
+    """() -> None: C += A B, of uint8 and int8 with int32 sums."""
+    return _tile_product("llvm.x86.tdpbusd", c, a, b)
+
+
+def _tile_product(instruction: str, c: int, a: int, b: int) -> Intrinsic:
     @intrinsic
     def multiply(context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            call(builder, "llvm.x86.tdpbf16ps", VOID, [_tile(c), _tile(a), _tile(b)])
+            call(builder, instruction, VOID, [_tile(c), _tile(a), _tile(b)])
             return context.get_dummy_value()
 
         return types.void(), generate
@@ -121,6 +143,8 @@ store_0, store_1, store_2, store_3 = (tile_store(tile) for tile in range(4))
 load_4, load_5, load_6, load_7 = (tile_load(tile) for tile in range(4, 8))
 multiply_046, multiply_147 = tile_multiply(0, 4, 6), tile_multiply(1, 4, 7)
 multiply_256, multiply_357 = tile_multiply(2, 5, 6), tile_multiply(3, 5, 7)
+bytes_046, bytes_147 = tile_multiply_bytes(0, 4, 6), tile_multiply_bytes(1, 4, 7)
+bytes_256, bytes_357 = tile_multiply_bytes(2, 5, 6), tile_multiply_bytes(3, 5, 7)
 
 load_keys, load_values, load_queries, load_weights = load_4, load_5, load_6, load_7
 score_0, score_1, score_2, score_3 = (tile_multiply(tile, 4, 6) for tile in range(4))
@@ -141,9 +165,12 @@ def shapes_of_rows(rows: int) -> np.ndarray:
 
 
 @compiled
-def multiply(pair, depths, rows, count, sums):
+def multiply(of_bytes, pair, next_pair, part, depths, rows, count, sums):
     """Products of up to 32 rows with a pair of blocks; see instructions.py. The tiles must have their shapes."""
     both = count > BLOCK
+    # Each line once, and none after the last.
+    asked = ASKED_LINES if part > 0 and (part - 1) * ASKED_LINES < PAIR else 0
+    ahead = next_pair + (part - 1) * ASKED_LINES * depths * LINE
     zero_0()
     zero_1()
     if both:
@@ -151,17 +178,29 @@ def multiply(pair, depths, rows, count, sums):
         zero_3()
     for depth in range(depths):
         here, lines = rows + depth * TILE_BYTES, pair + depth * 2 * TILE_BYTES
-        for ahead in range(AHEAD, AHEAD + 2 * TILE_BYTES, LINE):
-            prefetch(lines + ahead)
+        if part == 0:
+            for line in range(AHEAD, AHEAD + 2 * TILE_BYTES, LINE):
+                prefetch(lines + line)
+        for line in range(asked):
+            prefetch_far(ahead + line * LINE)
+        ahead += asked * LINE
         load_4(here, LINE)
         load_6(lines, 2 * LINE)
-        multiply_046()
         load_7(lines + LINE, 2 * LINE)
-        multiply_147()
         if both:
             load_5(here + depths * TILE_BYTES, LINE)
-            multiply_256()
-            multiply_357()
+        if of_bytes:
+            bytes_046()
+            bytes_147()
+            if both:
+                bytes_256()
+                bytes_357()
+        else:
+            multiply_046()
+            multiply_147()
+            if both:
+                multiply_256()
+                multiply_357()
     if both:
         store_2(sums + BLOCK * PAIR * 4, PAIR * 4)
         store_3(sums + BLOCK * PAIR * 4 + BLOCK * 4, PAIR * 4)

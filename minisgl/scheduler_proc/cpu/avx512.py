@@ -3,6 +3,7 @@
 `vdpbf16ps` (Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2) adds to each of 16 float32 sums the
 products of two pairs of bfloat16. Here one operand is a line of a packed block, two inputs of 16 output columns; the
 other is two inputs of one row, 16 times. Every sum is made in the order of its inputs, whatever is computed beside it.
+`vpdpbusd` does the same with four bytes instead of two bfloat16, and int32 sums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numba.core import cgutils
 
 from minisgl.scheduler_proc.cpu.compiler import compiled
 from minisgl.scheduler_proc.cpu.intrinsics import INT, LONG, POINTER, Intrinsic, call, call_prefetch, intrinsic
-from minisgl.scheduler_proc.cpu.memory import get_long, set_float
+from minisgl.scheduler_proc.cpu.memory import get_long, set_int
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
 from minisgl.scheduler_proc.device import cpu_flags
 
@@ -32,8 +33,8 @@ HALVES = ir.VectorType(INT, 16)
 
 
 def permitted() -> bool:
-    """Whether this CPU multiplies vectors of bfloat16."""
-    return "avx512_bf16" in cpu_flags()
+    """Whether this CPU multiplies vectors of bfloat16 and of bytes."""
+    return {"avx512_bf16", "avx512_vnni"} <= cpu_flags()
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -53,8 +54,10 @@ def _store(builder: Any, base: Any, offset: int, value: Any) -> None:
     builder.store(value, _at(builder, base, offset, value.type), align=4)
 
 
-def _add_products(builder: Any, sums: list[Any], rows: Any, row_bytes: int, word: int, lines: list[Any]) -> list[Any]:
-    """Add one word of each row times a line of each block to sums [rows][blocks]."""
+def _add_products(
+    builder: Any, sums: list[Any], rows: Any, row_bytes: int, word: int, lines: list[Any], of_bytes: bool = False
+) -> list[Any]:
+    """Add one word of each row times a line of each block to sums [rows][blocks]; see `multiply` for of_bytes."""
     added: list[Any] = []
     for index in range(len(sums) // len(lines)):
         pair = _load(builder, rows, index * row_bytes + word * 4, INT)
@@ -63,7 +66,10 @@ def _add_products(builder: Any, sums: list[Any], rows: Any, row_bytes: int, word
         pairs = builder.shuffle_vector(pairs, nothing, ir.Constant(HALVES, [0] * 16))
         for line in lines:
             earlier = sums[len(added)]
-            added.append(call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [earlier, line, pairs]))
+            if of_bytes:
+                added.append(call(builder, "llvm.x86.avx512.vpdpbusd.512", HALVES, [earlier, pairs, line]))
+            else:
+                added.append(call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [earlier, line, pairs]))
     return added
 
 
@@ -72,7 +78,7 @@ def _in_registers(builder: Any, values: list[Any]) -> list[Any]:
     return [cgutils.alloca_once_value(builder, value) for value in values]
 
 
-def row_products(rows: int) -> Intrinsic:
+def row_products(rows: int, of_bytes: bool = False) -> Intrinsic:
     """(rows, pair, ahead, advance, depths, sums) -> None: add products of rows with a pair of blocks.
 
     Meanwhile lines from `ahead` on are asked for, `advance` bytes further with each word.
@@ -84,7 +90,8 @@ def row_products(rows: int) -> Intrinsic:
             first_row, pair, ahead, advance, depths, sums = arguments
             first_row, pair, ahead, sums = (_pointer(builder, address) for address in (first_row, pair, ahead, sums))
             places = [row * PAIR * 4 + block * LINE for row in range(rows) for block in range(2)]
-            kept = _in_registers(builder, [_load(builder, sums, place, FLOATS) for place in places])
+            kind = HALVES if of_bytes else FLOATS
+            kept = _in_registers(builder, [_load(builder, sums, place, kind) for place in places])
             asked = _in_registers(builder, [ahead])[0]
             with cgutils.for_range(builder, depths, intp=LONG) as loop:
                 row = builder.gep(first_row, [builder.mul(loop.index, ir.Constant(LONG, TILE_BYTES))])
@@ -96,7 +103,7 @@ def row_products(rows: int) -> Intrinsic:
                     call_prefetch(builder, ahead, 2)
                     ahead = builder.gep(ahead, [advance])
                     both = [_load(builder, lines, (2 * word + block) * LINE, HALVES) for block in range(2)]
-                    values = _add_products(builder, values, row, LINE, word, both)
+                    values = _add_products(builder, values, row, LINE, word, both, of_bytes)
                 for variable, value in zip([*kept, asked], [*values, ahead], strict=True):
                     builder.store(value, variable)
             for place, variable in zip(places, kept, strict=True):
@@ -158,6 +165,7 @@ def sum_columns(context: Any, blocks: Any, count: Any, offset: Any, weights: Any
 
 
 row_1, row_2, row_3, row_4, row_5, row_6, row_7, row_8 = (row_products(rows) for rows in range(1, ROWS + 1))
+bytes_2, bytes_4, bytes_6, bytes_8 = (row_products(rows, of_bytes=True) for rows in range(2, ROWS + 1, 2))
 
 
 @compiled
@@ -182,34 +190,47 @@ def _multiply_some(count, rows, pair, ahead, advance, depths, sums):
 
 
 @compiled
-def multiply(pair, next_pair, depths, rows, count, sums):
+def _multiply_some_bytes(count, rows, pair, ahead, advance, depths, sums):
+    """The same of 2, 4, 6 or 8 rows of bytes."""
+    if count == 2:
+        bytes_2(rows, pair, ahead, advance, depths, sums)
+    elif count == 4:
+        bytes_4(rows, pair, ahead, advance, depths, sums)
+    elif count == 6:
+        bytes_6(rows, pair, ahead, advance, depths, sums)
+    else:
+        bytes_8(rows, pair, ahead, advance, depths, sums)
+
+
+@compiled
+def multiply(of_bytes, pair, next_pair, depths, rows, count, sums):
     """Products of up to 32 rows with a pair of blocks; see instructions.py.
 
     Up to 8 rows go right through the pair, which the CPU reads ahead by itself. More take it chunk by chunk, 8 at a
     time, and meanwhile the next chunk is asked for, as the CPU does not see that it comes next.
     """
     for index in range(count * PAIR):
-        set_float(sums, index, np.float32(0.0))
+        set_int(sums, index, np.int32(0))
+    size = ROWS if count > BLOCK else (count + 1) // 2
+    if of_bytes:
+        # Rows of bytes come in twos.
+        size += size & 1
     if count <= ROWS:
-        _multiply_some(count, rows, pair, sums, 0, depths, sums)
-        return
-    size = (count + 1) // 2 if count <= BLOCK else ROWS
+        size = count
     groups = (count + size - 1) // size
-    advance = 2 * LINE // groups
-    for begin in range(0, depths, CHUNK):
-        here = min(CHUNK, depths - begin)
+    chunk, advance = (CHUNK, 2 * LINE // groups) if groups > 1 else (depths, 0)
+    for begin in range(0, depths, chunk):
+        here = min(chunk, depths - begin)
         ahead = pair + (begin + here) * 2 * TILE_BYTES if begin + here < depths else next_pair
         for group in range(groups):
             row = group * size
-            _multiply_some(
-                min(size, count - row),
-                rows + (row // BLOCK * depths + begin) * TILE_BYTES + row % BLOCK * LINE,
-                pair + begin * 2 * TILE_BYTES,
-                ahead + group * here * WORDS * advance,
-                advance,
-                here,
-                sums + row * PAIR * 4,
-            )
+            some, lines = min(size, count - row), pair + begin * 2 * TILE_BYTES
+            place = rows + (row // BLOCK * depths + begin) * TILE_BYTES + row % BLOCK * LINE
+            asked = ahead + group * here * WORDS * advance if advance else sums
+            if of_bytes:
+                _multiply_some_bytes(some, place, lines, asked, advance, here, sums + row * PAIR * 4)
+            else:
+                _multiply_some(some, place, lines, asked, advance, here, sums + row * PAIR * 4)
 
 
 @compiled

@@ -21,7 +21,7 @@ _SOURCES = Path(__file__).parent
 _settings: Any = numba.config
 _settings.CPU_NAME = llvmlite.binding.get_host_cpu_name()
 _settings.CPU_FEATURES = llvmlite.binding.get_host_cpu_features().flatten() + (
-    ",-prefer-256-bit,+amx-tile,+amx-bf16,+avx512bf16"
+    ",-prefer-256-bit,+amx-tile,+amx-bf16,+amx-int8,+avx512bf16,+avx512vnni"
 )
 
 

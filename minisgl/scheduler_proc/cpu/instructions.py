@@ -28,19 +28,21 @@ def prepare_rows(scratch, count):
 
 
 @inlined
-def multiply(scratch, pair, next_pair, depths, rows, count):
+def multiply(scratch, of_bytes, pair, next_pair, part, parts, depths, rows, count):
     """Products of up to 32 rows with a pair of blocks of a packed weight, to scratch.sums.
 
     Args:
+        of_bytes: whether rows are uint8, an even number of them, the weight is int8 and the sums are int32.
         pair: its address.
         next_pair: of the one that is multiplied after it, which may be asked for in time.
-        depths: input columns / 32.
+        part, parts: which part of the rows this is of so many that are multiplied with the pair one after the other.
+        depths: input columns / 32, of bytes / 64.
         rows: address of the first row, in tiles, with which a tile begins.
     """
     if scratch.instructions == AMX:
-        amx.multiply(pair, depths, rows, count, scratch.sums)
+        amx.multiply(of_bytes, pair, next_pair, part, depths, rows, count, scratch.sums)
     else:
-        avx512.multiply(pair, next_pair, depths, rows, count, scratch.sums)
+        avx512.multiply(of_bytes, pair, next_pair if part + 1 == parts else pair, depths, rows, count, scratch.sums)
 
 
 @inlined

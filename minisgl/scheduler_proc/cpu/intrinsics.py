@@ -35,15 +35,21 @@ def call_prefetch(builder: Any, pointer: Any, level: int) -> None:
     call(builder, "llvm.prefetch.p0", VOID, [pointer, read, keep, data])
 
 
-@intrinsic
-def prefetch(context: Any, address: Any) -> Any:
-    """(address) -> None: ask for a cache line that is read soon."""
+def _prefetcher(level: int) -> Intrinsic:
+    """(address) -> None: ask for a cache line that is read soon, into the cache of a level."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        call_prefetch(builder, builder.inttoptr(arguments[0], POINTER), 1)
-        return context.get_dummy_value()
+    @intrinsic
+    def ask(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            call_prefetch(builder, builder.inttoptr(arguments[0], POINTER), level)
+            return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+        return types.void(types.int64), generate
+
+    return ask
+
+
+prefetch, prefetch_far = _prefetcher(1), _prefetcher(2)
 
 
 @intrinsic

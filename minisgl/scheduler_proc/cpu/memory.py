@@ -15,6 +15,7 @@ from numba import types
 from minisgl.scheduler_proc.cpu.intrinsics import loader, storer
 
 get_float, set_float = loader(types.float32), storer(types.float32)
+get_byte, set_byte = loader(types.uint8), storer(types.uint8)
 get_short, set_short = loader(types.uint16), storer(types.uint16)
 get_word, set_word = loader(types.uint32), storer(types.uint32)
 get_int, set_int = loader(types.int32), storer(types.int32)
@@ -85,6 +86,24 @@ class Weights(NamedTuple):
     frequencies: int
 
 
+class Screen(NamedTuple):
+    """The head once more as bytes, to rule out columns with; see screening.py. Columns go on to a multiple of 32.
+
+    Attributes:
+        weight: int8, packed (see tiles.pack_bytes): each column of the head divided by its scale, rounded.
+        scales: float32 [columns].
+        offsets: int32 [columns], 128 times the sum of a column's bytes.
+        errors: float32 [columns], lengths of the difference between the column and its bytes times the scale.
+        lengths: float32 [columns], of the columns themselves.
+    """
+
+    weight: int
+    scales: int
+    offsets: int
+    errors: int
+    lengths: int
+
+
 class Batch(NamedTuple):
     """A step's tokens, and the parts that they belong to: a decode row, or a chunk of a prompt. Addresses are of int32.
 
@@ -133,6 +152,14 @@ class Buffers(NamedTuple):
         attended: bfloat16 [rows, heads * head_dim], in tiles; `last_attended` has the sampled rows' in the last layer.
         activated: bfloat16 [rows, intermediate], in tiles.
         logits: float32 [sampled rows, vocab]; 0 if only the likeliest tokens are wanted.
+        digits: uint8 [2 * sampled rows, hidden], in tiles, what the screen is multiplied with; 0 if the whole head is
+            computed.
+        facts: float32 [sampled rows, 3], of each row the size of a last digit, and what the errors and the lengths of
+            columns are multiplied with to bound how far off the screen is.
+        highs: int32 [pairs of blocks, sampled rows], the highest that a logit of a pair can be, see screening.ordered.
+        lows: float32 [threads, sampled rows, 16], the highest of the values that logits have at least.
+        thresholds: int32 [threads, sampled rows], the highest `lows` of all threads, once more for each.
+        computed: int64 [threads], pairs of blocks that a thread did not rule out.
         largest: [threads, sampled rows, 2, 16], for each row the largest logits that a thread computed (float32), in
             sixteen columns, and the tokens (int32) whose they are: the first ones if several have them.
         largest_bytes: of one thread.
@@ -151,6 +178,12 @@ class Buffers(NamedTuple):
     last_hidden: int
     last_attended: int
     logits: int
+    digits: int
+    facts: int
+    highs: int
+    lows: int
+    thresholds: int
+    computed: int
     largest: int
     largest_bytes: int
     likeliest: int

@@ -32,6 +32,12 @@ def finite_or_zero(bits):
 
 
 @inlined
+def to_nearest(value):
+    """The int32 next to a float32 from -2**22 to 2**22."""
+    return np.int32(bits_of_float(value + _MAGIC) - bits_of_float(_MAGIC))
+
+
+@inlined
 def exp2(x):
     """2**x of a float32 from -126 to 126, and the value at the nearer end beyond them; relative error below 3e-7.
 

@@ -13,7 +13,7 @@ from minisgl.scheduler_proc.cpu.numbers import silu, to_bfloat16
 from minisgl.scheduler_proc.cpu.team import take, take_run
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, place_in_tiles
 
-GROUP_BYTES = 2**20
+GROUP_BYTES = 5 * 2**18
 """Of a product's rows that are multiplied together, so that they stay in the second-level cache."""
 
 LARGEST_BYTES = 2 * BLOCK * 4
@@ -42,10 +42,7 @@ def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, co
     prepared = 0
     pair_bytes = 2 * depths * TILE_BYTES
     if kind == CHOOSE:
-        for row in range(rows):
-            for lane in range(BLOCK):
-                set_float(target, row * 2 * BLOCK + lane, np.float32(-np.inf))
-                set_int(target, row * 2 * BLOCK + BLOCK + lane, np.int32(0))
+        forget_largest(rows, target)
     item, last = take_run(counts, phase, threads, pairs * groups)
     while item < last:
         begin, pair = item // pairs * group, item % pairs
@@ -54,16 +51,17 @@ def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, co
         here = min(width, columns - column)
         gate_bias = bias + 4 * column if bias else 0
         blocks = weight + pair * pair_bytes
+        next_blocks = blocks + pair_bytes if item + 1 < last and pair + 1 < pairs else blocks
+        parts = (end - begin + PAIR - 1) // PAIR
         for row in range(begin, end, PAIR):
             count = min(PAIR, rows - row)
             if count != prepared:
                 prepare_rows(scratch, count)
                 prepared = count
-            reads_on = row + PAIR >= end and item + 1 < last and pair + 1 < pairs
-            next_blocks = blocks + pair_bytes if reads_on else blocks
-            multiply(scratch, blocks, next_blocks, depths, source + place_in_tiles(row, 0, depths), count)
+            part, place = (row - begin) // PAIR, source + place_in_tiles(row, 0, depths)
+            multiply(scratch, False, blocks, next_blocks, part, parts, depths, place, count)
             if kind == CHOOSE:
-                _keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
+                keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
             else:
                 place, stride = target + (row * columns + column) * 4, columns
                 if kind == ACTIVATE:
@@ -106,7 +104,16 @@ def _use_sums(kind, sums, rows, columns, bias, up_bias, target, stride):
 
 
 @compiled
-def _keep_largest(sums, rows, columns, first_column, largest):
+def forget_largest(rows, largest):
+    """Begin with no logits for the rows of a thread's Buffers.largest."""
+    for row in range(rows):
+        for lane in range(BLOCK):
+            set_float(largest, row * 2 * BLOCK + lane, np.float32(-np.inf))
+            set_int(largest, row * 2 * BLOCK + BLOCK + lane, np.int32(0))
+
+
+@compiled
+def keep_largest(sums, rows, columns, first_column, largest):
     """Compare a product's sums [rows, 32], of which so many columns exist, with Buffers.largest. NaN is the largest."""
     for row in range(rows):
         best = largest + row * LARGEST_BYTES

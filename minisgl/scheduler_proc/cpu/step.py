@@ -24,11 +24,12 @@ from minisgl.scheduler_proc.cpu.memory import (
 )
 from minisgl.scheduler_proc.cpu.numbers import finite_or_zero, from_bfloat16, to_bfloat16
 from minisgl.scheduler_proc.cpu.products import ACTIVATE, ADD, CHOOSE, STORE, choose_tokens, multiply_rows
+from minisgl.scheduler_proc.cpu.screening import bound_logits, multiply_the_rest, split_rows
 from minisgl.scheduler_proc.cpu.team import take, wait_for_all
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, place_in_tiles
 
 PHASES_PER_LAYER = 9
-OTHER_PHASES = 5
+OTHER_PHASES = 7
 TOKENS_AT_ONCE = 16
 """Tokens of a long step that one thread rotates together: their values share cache lines in the pool."""
 
@@ -181,7 +182,7 @@ def _gather_sampled(counts, phase, shape, batch, buffers):
 
 
 @compiled
-def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
+def run_step(counts, threads, shape, weights, screen, batch, pool, buffers, scratch):
     """One thread's share of a step; Buffers.logits or Buffers.likeliest is what it leads to, when all have returned.
 
     Args:
@@ -237,7 +238,14 @@ def run_step(counts, threads, shape, weights, batch, pool, buffers, scratch):
             kind, source, depths = ADD, buffers.activated, shape.intermediate // DEPTH
             columns, target = shape.hidden, hidden
             bias = weights.down_bias + 4 * layer * shape.hidden
-        multiply_rows(counts, phase, threads, kind, source, depths, rows, matrix, columns, bias, target, scratch)
+        if kind == CHOOSE and buffers.digits != 0:
+            split_rows(counts, phase, rows, shape.hidden, source, buffers)
+            phase = wait_for_all(counts, threads, phase)
+            bound_logits(counts, phase, threads, shape, rows, screen, buffers, scratch)
+            phase = wait_for_all(counts, threads, phase)
+            multiply_the_rest(counts, phase, threads, shape, rows, source, matrix, buffers, scratch)
+        else:
+            multiply_rows(counts, phase, threads, kind, source, depths, rows, matrix, columns, bias, target, scratch)
         phase = wait_for_all(counts, threads, phase)
         if kind == ADD:
             following = 2 * layer + (1 if number == 1 else 2)

@@ -11,18 +11,21 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, shapes_of_rows
 from minisgl.scheduler_proc.cpu.attention import SEGMENT
 from minisgl.scheduler_proc.cpu.instructions import NAMES
-from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Shape, Weights
+from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
+from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, ROWS, SMALLEST_BYTES, make_screen
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, aligned_zeros, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BYTES_DEPTH, DEPTH, PAIR, aligned_zeros, pack
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
 
 KEPT_LOGITS = 256
 """Rows of logits up to which their memory is kept for the next step."""
+STEPS_WITHOUT = 64
+"""Steps that follow without a screen when it has ruled out too little to be worth its time."""
 
 
 def tiles_fit(config: ModelConfig, page_size: int) -> bool:
@@ -41,6 +44,12 @@ class TiledDecoder:
         threads: most that run a step; `threads_for` says how many of them are worth it for a number of tokens.
         instructions: that multiply, one of instructions.available().
         progress: called with the layers packed and their number.
+        smallest_screened: bytes of a head from which on it gets a screen, see screening.py.
+
+    Attributes:
+        weight_bytes: all that is kept of the weights.
+        screens: whether there is a screen.
+        unscreened_steps: how many steps will not use it, since it has ruled out too little.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class TiledDecoder:
         threads_for: Callable[[int], int],
         instructions: str,
         progress: Callable[[int, int], None],
+        smallest_screened: int = SMALLEST_BYTES,
     ) -> None:
         config = decoder.config
         self._config = config
@@ -57,6 +67,13 @@ class TiledDecoder:
         self.kv_shapes = decoder.kv_shapes
         self.weight_bytes = 0
         self._keeper = Keeper()
+        head = decoder.weights.head
+        self.screens = head.nbytes >= smallest_screened and config.hidden_size <= LARGEST_HIDDEN
+        self.unscreened_steps = 0
+        self._screen = Screen(0, 0, 0, 0, 0)
+        if self.screens:
+            self._screen, taken = make_screen(head, self._keeper)
+            self.weight_bytes += taken
         self._weights = self._pack(decoder, progress)
         self._shape = Shape(
             layers=config.num_layers,
@@ -95,11 +112,18 @@ class TiledDecoder:
         place = 0 if logits is None else logits.data_ptr()
         buffers = self._buffers._replace(logits=place, likeliest=likeliest.data_ptr())
         counts, threads = self._counts_address, self._threads_for(batch.tokens)
+        screens = self.screens and logits is None and 0 < batch.sampled_tokens <= ROWS and not self.unscreened_steps
+        if not screens:
+            buffers = buffers._replace(digits=0)
+            self.unscreened_steps = max(self.unscreened_steps - 1, 0)
 
         def share(thread: int) -> None:
-            run_step(counts, threads, self._shape, self._weights, batch, pool, buffers, self._scratch[thread])
+            scratch = self._scratch[thread]
+            run_step(counts, threads, self._shape, self._weights, self._screen, batch, pool, buffers, scratch)
 
         self._team.run(share, threads)
+        if screens and 2 * self._computed[:threads].sum() > _up(self.vocab_size, PAIR) // PAIR:
+            self.unscreened_steps = STEPS_WITHOUT
         return likeliest if logits is None else logits
 
     def _pack(self, decoder: Decoder, progress: Callable[[int, int], None]) -> Weights:
@@ -158,6 +182,10 @@ class TiledDecoder:
         def room(rows: int, columns: int, dtype: type[np.generic]) -> int:
             return self._buffer_keeper.address(aligned_zeros(rows * columns, dtype))
 
+        def screened(rows: int, columns: int, dtype: type[np.generic]) -> int:
+            return room(rows, columns, dtype) if self.screens else 0
+
+        self._computed = np.zeros(self._team.threads, np.int64)
         return Buffers(
             slots=room(rows, 1, np.int64),
             cos=room(rows, self._shape.half, np.float32),
@@ -171,6 +199,12 @@ class TiledDecoder:
             last_hidden=room(sampled, config.hidden_size, np.float32),
             last_attended=room(sampled, width, np.uint16),
             logits=0,
+            digits=screened(2 * sampled, _up(config.hidden_size, BYTES_DEPTH), np.uint8),
+            facts=screened(sampled, FACTS, np.float32),
+            highs=screened(_up(config.vocab_size, PAIR) // PAIR, ROWS, np.int32),
+            lows=screened(self._team.threads * ROWS, BLOCK, np.float32),
+            thresholds=screened(self._team.threads, ROWS, np.int32),
+            computed=self._buffer_keeper.address(self._computed),
             largest=room(self._team.threads * sampled, LARGEST_BYTES // 4, np.float32),
             largest_bytes=sampled * LARGEST_BYTES,
             likeliest=0,

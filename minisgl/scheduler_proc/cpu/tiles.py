@@ -15,6 +15,8 @@ BLOCK = 16
 """Output columns of one packed block, and rows of a tile."""
 DEPTH = 32
 """Input columns of a tile."""
+BYTES_DEPTH = 64
+"""Input columns of a tile of bytes."""
 PAIR = 2 * BLOCK
 """Output columns of a pair of blocks, and rows that are multiplied with it at a time."""
 TILE_BYTES = 1024
@@ -40,6 +42,19 @@ def pack(weight: torch.Tensor, halves: int = 1) -> torch.Tensor:
     blocks = weight.view(halves, outputs // PAIR, 2 // halves, BLOCK, inputs // DEPTH, BLOCK, 2)
     pairs = blocks.permute(1, 4, 5, 0, 2, 3, 6)
     packed = torch.from_numpy(aligned_zeros(pairs.numel(), np.uint16)).view(torch.bfloat16).view(pairs.shape)
+    return packed.copy_(pairs)
+
+
+def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
+    """An int8 weight [out, in] as pairs of blocks: [out / 32, in / 64, 16 fours of inputs, 2, 16 outputs, 4], flat.
+
+    Both are filled up with zeros to whole tiles.
+    """
+    weight = F.pad(weight, (0, -weight.shape[1] % BYTES_DEPTH, 0, -len(weight) % PAIR))
+    outputs, inputs = weight.shape
+    blocks = weight.view(outputs // PAIR, 2, BLOCK, inputs // BYTES_DEPTH, BLOCK, 4)
+    pairs = blocks.permute(0, 3, 4, 1, 2, 5)
+    packed = torch.from_numpy(aligned_zeros(pairs.numel(), np.int8)).view(pairs.shape)
     return packed.copy_(pairs)
 
 
