@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _REPORTS = (Hello, Progress, Ready, Heartbeat, Failed)
 
-TICK_SECONDS = 0.15
+TICK_SECONDS = 0.25
 OWN_GAP_SECONDS = 0.5
 """When the loop itself came round this late, the supervisor was not watching in between."""
 LAST_WORDS_SECONDS = 0.2

@@ -36,8 +36,8 @@ from minisgl.messages import (
     WorkerUp,
 )
 
-HEARTBEAT_SECONDS = 0.15
-MAX_IDLE_MS = 200
+HEARTBEAT_SECONDS = 0.25
+MAX_IDLE_MS = 500
 """Longest sleep of a worker's main loop, so that `tick` is called often enough to count as alive."""
 
 PROCESS_KINDS = {

@@ -71,14 +71,15 @@ def serve(worker: Worker, core: ReplicaCore) -> None:
     """
     service = SchedulerService(worker.spec, core)
     statistics = Statistics(worker, core)
+    may_prepare = True
     try:
         while True:
             worker.tick()
             if not core.busy:
                 statistics.write()
                 # Between the requests of a busy client nothing is begun that the next one would have to wait for.
-                if not worker.inbox.wait(QUIET_MS) and not core.engine.prepare_next():
-                    worker.inbox.wait(MAX_IDLE_MS - QUIET_MS)
+                if not worker.inbox.wait(QUIET_MS if may_prepare else MAX_IDLE_MS) and may_prepare:
+                    may_prepare = core.engine.prepare_next()
             for message in worker.inbox.drain():
                 if type(message) is Shutdown:
                     service.end_all(503, "shutting_down", "the server is shutting down")
