@@ -131,6 +131,8 @@ class GraphRunner:
         return result
 
     def _prefill_forward(self, size: PrefillSize) -> StepLogits:
+        """A part of a step, from what PrefillRows has sent last to published tokens."""
+        self._prefills.begin()
         result = self._model.prefill(self._prefills.inputs(size))
         self.results.publish(result.tokens, result.finite, self._prefills.output())
         return result

@@ -61,6 +61,7 @@ class Scheduler:
         self._held: list[Request] = []
         self._refused: list[RequestError] = []
         self._running: list[Request] = []
+        self._to_share: list[tuple[Request, int]] = []
         self._planned_step = 0
         # Prompts advance even when decode rows alone fill the step.
         self._least_prefill = min(limits.step_tokens, pages.page_size, LEAST_PREFILL)
@@ -171,6 +172,7 @@ class Scheduler:
 
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
+        self._share_prompts()
         if self._held:
             self._release_held()
         rows: list[StepRow] = []
@@ -196,8 +198,7 @@ class Scheduler:
         anyone_ended, runs_on = False, FinishReason.NONE
         for row in plan.rows:
             if not row.sample:
-                if row.request.pages:
-                    self._share_prompt(row.request, row.start + row.length)
+                self._to_share.append((row.request, row.start + row.length))
                 continue
             token, request = next(tokens), row.request
             request.pending -= 1
@@ -228,8 +229,8 @@ class Scheduler:
                 if not request.pages:
                     self._waiting.remove(request)
                 self._end(request, finish)
-            elif output_len == 1 and request.pages:
-                self._share_prompt(request, request.prompt_len)
+            elif output_len == 1:
+                self._to_share.append((request, request.prompt_len))
             sampled.rids.append(request.rid)
             sampled.token_ids.append(token)
             sampled.finishes.append(finish)
@@ -379,6 +380,13 @@ class Scheduler:
         request.pages, request.shared = [], 0
         if own:
             self.pages.release(own, self._planned_step)
+
+    def _share_prompts(self) -> None:
+        """Share what retired steps have computed of prompts: now, when the tokens of those steps are on their way."""
+        to_share, self._to_share = self._to_share, []
+        for request, computed in to_share:
+            if request.pages:
+                self._share_prompt(request, computed)
 
     def _share_prompt(self, request: Request, computed: int) -> None:
         """Put the full pages of a prompt's first tokens, just computed, into the prefix cache for requests that come.

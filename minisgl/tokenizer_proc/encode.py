@@ -13,6 +13,7 @@ from minisgl.config import ConfigError
 from minisgl.messages import JsonObject
 from minisgl.model_files import read_chat_templates, read_named_tokens
 from minisgl.tokenizer_proc.chat_template import ChatTemplate, ChatTemplateError, UnknownVariable
+from minisgl.tokenizer_proc.known_words import KnownWords
 from minisgl.tokenizer_proc.time_limit import TimeLimitExceeded, time_limit
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
 
@@ -63,6 +64,7 @@ class PromptEncoder:
         self.template_seconds = template_seconds
         # A token stands for at most as many characters as its own text has; texts beyond that are not even tokenized.
         self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+        self._known_words = KnownWords.of(tokenizer)
 
     @classmethod
     def from_directory(
@@ -120,7 +122,11 @@ class PromptEncoder:
         return rendered
 
     def tokenize(self, prompt: PromptText) -> list[int]:
-        """The token ids of a text. Other threads run meanwhile."""
+        """The token ids of a text. Other threads run while a long one is encoded."""
+        if self._known_words is not None:
+            known = self._known_words.encode(prompt.text, prompt.add_special_tokens)
+            if known is not None:
+                return known
         # The batch call releases the interpreter lock and leaves out the character offsets that `encode` computes.
         encodings = self.tokenizer.encode_batch_fast([prompt.text], add_special_tokens=prompt.add_special_tokens)
         ids: list[int] = encodings[0].ids

@@ -29,7 +29,8 @@ def test_nothing_is_flushed_while_requests_run_or_wait() -> None:
     scheduler, engine = make_scheduler(num_pages=16, page_size=4, caches=True)
     scheduler.submit(tokenized(1, PROMPT, ignore_eos=True, max_new_tokens=3))
     assert not scheduler.flush_cache()
-    step(scheduler, engine)
+    for _ in range(2):
+        step(scheduler, engine)
     assert scheduler.cache is not None
     cached = scheduler.cache.cached_pages
     assert cached and not scheduler.flush_cache()

@@ -22,6 +22,8 @@ from minisgl.scheduler_proc import cuda_graphs  # noqa: E402
 from minisgl.scheduler_proc.attention.kv_pool import KVPool  # noqa: E402
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention  # noqa: E402
 from minisgl.scheduler_proc.cuda_graphs import GraphRunner  # noqa: E402
+from minisgl.scheduler_proc.graph_sizes import PrefillSize  # noqa: E402
+from minisgl.scheduler_proc.input_block import PulledBlock  # noqa: E402
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch  # noqa: E402
 from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder, StepLogits  # noqa: E402
 from minisgl.scheduler_proc.request import Request, StepPlan, StepRow  # noqa: E402
@@ -137,10 +139,13 @@ def test_a_step_of_many_parts_keeps_their_inputs_apart(tmp_path: Path) -> None:
             assert tokens_of([StepPlan(1, rows, 0)]) == alone
 
 
+@pytest.mark.parametrize(("first", "pulls"), [(2, True), ((16, 1), True), ((16, 1), False)])
 def test_what_is_launched_only_to_be_compiled_takes_no_tokens_of_other_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: int | PrefillSize, pulls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels that the process has already do run then, and tokens may be whatever others have not written."""
+    if not pulls:
+        monkeypatch.setattr(PulledBlock, "pull", lambda block: None)
     launched: list[bool] = []
 
     def launch(launch_all: Callable[[], None], *others: object) -> None:
@@ -148,7 +153,7 @@ def test_what_is_launched_only_to_be_compiled_takes_no_tokens_of_other_steps(
         launched.append(True)
 
     monkeypatch.setattr(cuda_graphs, "compile_ahead", launch)
-    monkeypatch.setattr(cuda_graphs, "capture_order", lambda decodes, prefills: ([2, (16, 1), 1], 3))
+    monkeypatch.setattr(cuda_graphs, "capture_order", lambda decodes, prefills: ([first, 1], 2))
     with torch.inference_mode():
         model = random_decoder(tmp_path, {**SHAPE, **FAMILIES["qwen2"]}, DEVICE, CONTEXT)
         pool = KVPool(model.kv_shapes, PAGES, PAGE_SIZE, torch.float32, DEVICE)

@@ -58,26 +58,34 @@ def embed(
 
 
 @triton.jit
-def _add_rms_norm(residual, delta, weight, normed, hidden, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(
+    residual, delta, weight, normed, hidden, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(residual + row * hidden + columns, mask=inside, other=0.0)
     if HAS_DELTA:
         x += tl.load(delta + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(residual + row * hidden + columns, x, mask=inside)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * hidden + columns, (x * scale * w).to(normed.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, pdl: bool = False
+) -> torch.Tensor:
     """Add `delta` to the residual stream in place, and return its RMS norm.
 
     Args:
         residual: float32 [tokens, hidden].
         delta: [tokens, hidden] in the model's dtype, or None to add nothing.
         weight: [hidden] in the model's dtype.
+        pdl: whether this and the next kernel overlap with those before them (dependent_launch.py).
 
     Returns:
         [tokens, hidden] in the weight's dtype.
@@ -94,12 +102,14 @@ def add_rms_norm(residual: torch.Tensor, delta: torch.Tensor | None, weight: tor
         eps,
         HAS_DELTA=delta is not None,
         BLOCK=block,
+        PDL=pdl,
         num_warps=4 if block <= 2048 else 8,
+        **launch_options(pdl),
     )
     return normed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate_and_store(
     qkv,
     positions,
@@ -109,32 +119,36 @@ def _rotate_and_store(
     norm_weight,
     pool,
     eps,
+    tokens,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
-    columns = tl.arange(0, HALF_BLOCK)
-    inside = columns < HALF
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF)
-    low = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF + columns, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (token < tokens)[:, None] & (columns < HALF)
+    source = qkv + ((token * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF))[:, None] + columns
+    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
         if HAS_NORM:
-            scale = tl.rsqrt((tl.sum(low * low, axis=0) + tl.sum(high * high, axis=0)) / (2 * HALF) + eps)
-            weights = norm_weight + head * (2 * HALF)
-            low *= scale * tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
-            high *= scale * tl.load(weights + HALF + columns, mask=inside, other=0.0).to(tl.float32)
-        position = tl.load(positions + token).to(tl.int64)
-        cos = tl.load(cos_table + position * HALF + columns, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_table + position * HALF + columns, mask=inside, other=0.0).to(tl.float32)
+            squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
+            scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+            weights = norm_weight + head * (2 * HALF) + columns
+            low *= scale * tl.load(weights, mask=columns < HALF, other=0.0).to(tl.float32)
+            high *= scale * tl.load(weights + HALF, mask=columns < HALF, other=0.0).to(tl.float32)
+        position = tl.load(positions + token, mask=token < tokens, other=0).to(tl.int64)
+        angles = (position * HALF)[:, None] + columns
+        cos = tl.load(cos_table + angles, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(sin_table + angles, mask=inside, other=0.0).to(tl.float32)
         rotated = low * cos - high * sin
         high = high * cos + low * sin
         low = rotated
@@ -145,10 +159,10 @@ def _rotate_and_store(
         # are multiplied by zero, and zero times NaN is NaN.
         low = tl.where(tl.abs(low) < float("inf"), low, 0.0)
         high = tl.where(tl.abs(high) < float("inf"), high, 0.0)
-        slot = tl.load(slots + token).to(tl.int64)
-        target = pool + (slot * (2 * KV_HEADS) + head - HEADS) * (2 * HALF)
-    tl.store(target + columns, low.to(target.dtype.element_ty), mask=inside)
-    tl.store(target + HALF + columns, high.to(target.dtype.element_ty), mask=inside)
+        slot = tl.load(slots + token, mask=token < tokens, other=0).to(tl.int64)
+        target = pool + ((slot * (2 * KV_HEADS) + head - HEADS) * (2 * HALF))[:, None] + columns
+    tl.store(target, low.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, high.to(target.dtype.element_ty), mask=inside)
 
 
 def rotate_and_store(
@@ -174,7 +188,9 @@ def rotate_and_store(
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = pool.shape[2]
     cos, sin = tables
-    _rotate_and_store[(tokens, all_heads)](
+    # One token a program is soonest done while all run at once.
+    tokens_each, warps = (1, 1) if tokens <= 64 else (32, 4)
+    _rotate_and_store[(triton.cdiv(tokens, tokens_each), all_heads)](
         qkv,
         positions,
         slots,
@@ -183,19 +199,24 @@ def rotate_and_store(
         norm_weight if norm_weight is not None else qkv,
         pool,
         eps,
+        tokens,
         HEADS=all_heads - 2 * kv_heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+        TOKENS=tokens_each,
         HAS_NORM=norm_weight is not None,
         PDL=pdl,
-        num_warps=1,
+        num_warps=warps,
         **launch_options(pdl),
     )
 
 
 @triton.jit
-def _silu_and_multiply(gate_up, product, width, BLOCK: tl.constexpr):
+def _silu_and_multiply(gate_up, product, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -205,9 +226,14 @@ def _silu_and_multiply(gate_up, product, width, BLOCK: tl.constexpr):
     tl.store(product + row * width + columns, value.to(product.dtype.element_ty), mask=inside)
 
 
-def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [tokens, 2 * width], gate first; [tokens, width]."""
+def silu_and_multiply(gate_up: torch.Tensor, pdl: bool = False) -> torch.Tensor:
+    """silu(gate) * up of [tokens, 2 * width], gate first; [tokens, width].
+
+    With `pdl` this and the next kernel overlap with those before them (dependent_launch.py).
+    """
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_and_multiply[(tokens, triton.cdiv(width, 1024))](gate_up, product, width, BLOCK=1024, num_warps=4)
+    _silu_and_multiply[(tokens, triton.cdiv(width, 1024))](
+        gate_up, product, width, BLOCK=1024, PDL=pdl, num_warps=4, **launch_options(pdl)
+    )
     return product

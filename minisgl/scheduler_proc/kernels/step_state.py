@@ -1,7 +1,7 @@
-"""What a decode step on CUDA needs to know and what it leaves behind, brought up to date on the device itself.
+"""What a step on CUDA needs to know and what it leaves behind, brought up to date on the device itself.
 
 A step that only goes on with the rows of the last one needs nothing from the host: `begin_decode` counts its inputs on,
-and `publish` leaves the tokens where the next step and the host find them.
+and `publish` leaves the tokens where the next step and the host find them. What the host does send, `pull` fetches.
 """
 
 from __future__ import annotations
@@ -165,4 +165,50 @@ def publish(
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
+    )
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _pull(headers, staging, block, pulled, arrival, stride, BUFFERS: tl.constexpr, BLOCK: tl.constexpr):
+    buffer = tl.arange(0, BUFFERS)
+    # Both numbers at once, and none from a cache: each look into the host's memory takes a microsecond.
+    number = tl.load(headers + 2 * buffer, cache_modifier=".cv")
+    length = tl.load(headers + 2 * buffer + 1, cache_modifier=".cv")
+    last = tl.load(pulled)
+    following = tl.min(tl.where(number > last, number, 1 << 62), axis=0)
+    if following < 1 << 62:
+        words = tl.sum(tl.where(number == following, length, 0), axis=0)
+        source = staging + following % BUFFERS * stride
+        for start in range(0, words, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < words
+            tl.store(block + at, tl.load(source + at, mask=inside, cache_modifier=".cv"), mask=inside)
+        # By now every thread has read what the host may then overwrite.
+        tl.debug_barrier()
+        tl.store(pulled, following)
+        tl.store(arrival, following)
+
+
+def pull(
+    headers: torch.Tensor, staging: torch.Tensor, block: torch.Tensor, pulled: torch.Tensor, arrival: torch.Tensor
+) -> None:
+    """Copy the buffer that was filled first, of those that were not pulled yet, to the device; if there is one.
+
+    Args:
+        headers: int64 [buffers, 2], in pinned host memory as `staging` is: the number of what lies in a buffer, counted
+            from 1, and its length. Number n lies in buffer n % buffers; these are a power of two.
+        staging: int32 [buffers, capacity].
+        block: int32 [capacity], on the device.
+        pulled, arrival: int64 [1], get the number of what has been copied; on the device, and for the host.
+    """
+    _pull[(1,)](
+        headers,
+        staging,
+        block,
+        pulled,
+        arrival,
+        staging.stride(0),
+        BUFFERS=len(headers),
+        BLOCK=2048,
+        num_warps=8,
     )

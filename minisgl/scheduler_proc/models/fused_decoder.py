@@ -136,12 +136,12 @@ class FusedDecoder:
             return self._head(self._prefill_small_batch(inputs).index_select(0, inputs.sampled))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            return self._attend_prefill(layer, qkv, inputs, pdl=False)
+            return self._attend_prefill(layer, qkv, inputs)
 
         residual, delta = self._layers(inputs, attend)
         return self._head(residual.index_select(0, inputs.sampled), delta.index_select(0, inputs.sampled))
 
-    def _attend_prefill(self, layer: int, qkv: torch.Tensor, inputs: PrefillInputs, pdl: bool) -> torch.Tensor:
+    def _attend_prefill(self, layer: int, qkv: torch.Tensor, inputs: PrefillInputs) -> torch.Tensor:
         return prefill_attention(
             qkv,
             self.pool.layers[layer],
@@ -152,7 +152,7 @@ class FusedDecoder:
             page_size=self.pool.page_size,
             scale=self.config.head_dim**-0.5,
             window=self.config.windows[layer],
-            pdl=pdl,
+            pdl=self._pdl,
         )
 
     def _decode_small_batch(self, inputs: DecodeInputs) -> torch.Tensor:
@@ -182,8 +182,8 @@ class FusedDecoder:
         """The same for tokens of prompts, by six: tokens see each other, so keys are written first."""
 
         def attend(index: int, qkv: torch.Tensor, residual: torch.Tensor) -> None:
-            self._rotate_and_store(index, qkv, inputs, self._pdl)
-            attended = self._attend_prefill(index, qkv, inputs, self._pdl)
+            self._rotate_and_store(index, qkv, inputs)
+            attended = self._attend_prefill(index, qkv, inputs)
             linear_add(attended.flatten(1), self.weights.layers[index].output, residual, self._pdl)
 
         return self._small_layers(inputs, attend)
@@ -206,33 +206,34 @@ class FusedDecoder:
         residual = self._embed(inputs)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(weights.layers):
-            normed = add_rms_norm(residual, delta, layer.input_norm, config.rms_norm_eps)
+            normed = add_rms_norm(residual, delta, layer.input_norm, config.rms_norm_eps, self._pdl)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads, config.head_dim)
-            self._rotate_and_store(index, qkv, inputs, pdl=False)
+            self._rotate_and_store(index, qkv, inputs)
             delta = F.linear(attend(index, qkv).flatten(1), layer.output, layer.output_bias)
-            normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps)
+            normed = add_rms_norm(residual, delta, layer.post_attention_norm, config.rms_norm_eps, self._pdl)
             delta = self._feed_forward(layer, normed)
         if delta is None:
             raise ValueError("the model has no layers")
         return residual, delta
 
-    def _rotate_and_store(self, layer: int, qkv: torch.Tensor, inputs: DecodeInputs | PrefillInputs, pdl: bool) -> None:
+    def _rotate_and_store(self, layer: int, qkv: torch.Tensor, inputs: DecodeInputs | PrefillInputs) -> None:
         norm, eps = self.weights.layers[layer].qk_norm, self.config.rms_norm_eps
-        rotate_and_store(qkv, inputs.positions, inputs.slots, self._tables, norm, eps, self.pool.layers[layer], pdl=pdl)
+        pool = self.pool.layers[layer]
+        rotate_and_store(qkv, inputs.positions, inputs.slots, self._tables, norm, eps, pool, self._pdl)
 
     def _embed(self, inputs: DecodeInputs | PrefillInputs) -> torch.Tensor:
         return embed(inputs.input_ids, self.weights.embedding, inputs.sources, inputs.last_tokens, self._pdl)
 
     def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
         gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
-        return F.linear(silu_and_multiply(gate_up), layer.down, layer.down_bias)
+        return F.linear(silu_and_multiply(gate_up, self._pdl), layer.down, layer.down_bias)
 
     def _head(self, residual: torch.Tensor, delta: torch.Tensor | None = None) -> StepLogits:
         weights, eps = self.weights, self.config.rms_norm_eps
         if self._small_batches and len(residual) <= MAX_ROWS:
             hidden = residual if delta is None else residual + delta
             return StepLogits(*logits_and_best(hidden, weights.norm, weights.head, eps, self._pdl))
-        logits = F.linear(add_rms_norm(residual, delta, weights.norm, eps), weights.head)
+        logits = F.linear(add_rms_norm(residual, delta, weights.norm, eps, self._pdl), weights.head)
         best, tokens = logits.max(dim=-1)
         # With NaN among the logits the index may be none.
         return StepLogits(logits, tokens.clamp_(0, logits.shape[1] - 1), torch.isfinite(best))
