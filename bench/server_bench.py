@@ -68,16 +68,18 @@ def main() -> int:
 def finish(report: Report, arguments: argparse.Namespace) -> int:
     """Write everything, show the short table, and say with the exit status whether it is a result."""
     report.write(arguments.out, arguments.name)
+    written = ".md and .json"
     try:
         from benchlib.plots import plot_report
     except ImportError:
         say("no plot: matplotlib is missing (pip install '.[bench]')")
     else:
         plot_report(report, arguments.out / f"{arguments.name}.png")
+        written = ".md, .json and .png"
     for workload in dict.fromkeys(cell.workload for cell in report.cells):
         table = glance_table([cell for cell in report.cells if cell.workload == workload])
         output.print(Markdown("\n".join([f"**{workload}**", "", *table])))
-    say(f"wrote {arguments.out / arguments.name}.md, .json and .png")
+    say(f"wrote {arguments.out / arguments.name}{written}")
     if report.refused:
         say("REFUSED: this run is not a result; the report says why")
     return 1 if report.refused else 0
