@@ -82,6 +82,9 @@ def main() -> None:
         )
         engine = StepEngine.load(config, spec, 0, lambda *_: None)
         engine.warm_up()
+        # What a server does while it waits for its first request.
+        while engine.prepare_next():
+            pass
         core = ReplicaCore(engine, config, spec)
         for round_ in range(arguments.rounds):
             report(*measure(core, arguments.streams, arguments.prompt, vocabulary, round_))

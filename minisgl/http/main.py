@@ -40,7 +40,7 @@ from minisgl.worker import Worker
 if TYPE_CHECKING:
     from minisgl.http.tracing import RequestTracer
 
-TICK_SECONDS = 0.2
+TICK_SECONDS = 0.4
 
 
 def main(worker: Worker) -> None:
@@ -155,7 +155,7 @@ class HttpProcess:
         self._questions.fail_all(error)
         for upload in self._service.uploads:
             upload.abort_connection()
-        self._server.should_exit = True
+        self._server.stop()
 
 
 def _tracer(spec: WorkerSpec) -> RequestTracer | None:
@@ -176,6 +176,20 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._on_listening = on_listening
         self._acceptors: list[Acceptor] = []
+        self._stopped = asyncio.Event()
+
+    def stop(self) -> None:
+        """End `serve`."""
+        self.should_exit = True
+        self._stopped.set()
+
+    async def main_loop(self) -> None:
+        # uvicorn looks ten times a second whether it is to end, and brings the Date header up to date each tenth time.
+        counter = 0
+        while not await self.on_tick(counter):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), 1.0)
+            counter += 10
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])

@@ -48,8 +48,12 @@ class StepRunner(Protocol):
     def logprobs(self, step: Any) -> list[RowLogprobs]:
         """What rows of a retired step asked for."""
 
-    def prepare_next(self) -> bool:
-        """Use an idle moment, while no step runs, for what makes later steps faster; False when nothing is left."""
+    def prepare_next(self, pages_used: int) -> bool:
+        """Use an idle moment, while no step runs, for what makes later steps faster; False when nothing is left.
+
+        Args:
+            pages_used: KV pages that have been in use so far, those with the lowest ids.
+        """
 
 
 class ReplicaCore:

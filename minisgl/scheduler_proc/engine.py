@@ -101,6 +101,7 @@ class StepEngine:
         self._forward = forward
         self._tiles = tiles
         self.graphs = graphs
+        self._pool = pool
         self._limits = limits
         self._device = device
         self._warned = False
@@ -198,10 +199,14 @@ class StepEngine:
         ):
             self.retire(self.launch(_trial_plan(rows, decode_rows, pages)))
 
-    def prepare_next(self) -> bool:
-        """Use an idle moment (some 50 ms) for what makes later steps faster; False when there is nothing left."""
+    def prepare_next(self, pages_used: int = 0) -> bool:
+        """Use an idle moment (some 50 ms) for what makes later steps faster; False when there is nothing left.
+
+        Args:
+            pages_used: KV pages that may have been in use so far, those with the lowest ids.
+        """
         if self.graphs is None:
-            return False
+            return self._pool.touch_next(pages_used * self.page_size)
         try:
             with torch.inference_mode():
                 return self.graphs.capture_next()

@@ -24,6 +24,7 @@ class KvPages:
         self.total = total
         self.page_size = page_size
         self.retiring = 0
+        self._never_taken = total
         self._free = list(range(total - 1, -1, -1))
         self._retire_queue: deque[tuple[int, list[int]]] = deque()
         self._completed_step = 0
@@ -31,6 +32,11 @@ class KvPages:
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def taken_once(self) -> int:
+        """How many pages have been in use so far: those with the lowest ids."""
+        return self.total - self._never_taken
 
     def pages_for(self, tokens: int) -> int:
         """How many pages hold this many tokens."""
@@ -42,6 +48,8 @@ class KvPages:
             raise KvAccountingError(f"{count} pages were asked for and {len(self._free)} are free")
         taken = self._free[-count:]
         del self._free[-count:]
+        # Released pages lie on top of those that were never taken.
+        self._never_taken = min(self._never_taken, len(self._free))
         taken.reverse()
         return taken
 

@@ -79,7 +79,9 @@ def serve(worker: Worker, core: ReplicaCore) -> None:
                 statistics.write()
                 # Between the requests of a busy client nothing is begun that the next one would have to wait for.
                 if not worker.inbox.wait(QUIET_MS if may_prepare else MAX_IDLE_MS) and may_prepare:
-                    may_prepare = core.engine.prepare_next()
+                    may_prepare = core.engine.prepare_next(core.scheduler.pages.taken_once)
+            else:
+                may_prepare = True
             for message in worker.inbox.drain():
                 if type(message) is Shutdown:
                     service.end_all(503, "shutting_down", "the server is shutting down")

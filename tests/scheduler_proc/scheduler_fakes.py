@@ -85,7 +85,7 @@ class FakeEngine:
         self._in_flight: deque[dict[int, set[int]]] = deque()
         """Per launched step: which requests use a page."""
 
-    def prepare_next(self) -> bool:
+    def prepare_next(self, pages_used: int) -> bool:
         return False
 
     def launch(self, plan: StepPlan) -> tuple[int, list[_LaunchedRow]]:

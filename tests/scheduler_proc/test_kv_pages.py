@@ -18,6 +18,7 @@ class PagesMachine(RuleBasedStateMachine):
         self.owned: list[list[int]] = []
         self.released: list[tuple[int, list[int]]] = []
         self.planned = self.completed = 0
+        self.ever_taken: set[int] = set()
 
     @rule(count=st.integers(1, TOTAL))
     def allocate(self, count: int) -> None:
@@ -27,6 +28,8 @@ class PagesMachine(RuleBasedStateMachine):
             return
         taken = self.pages.allocate(count)
         assert len(taken) == count
+        self.ever_taken.update(taken)
+        assert self.ever_taken == set(range(self.pages.taken_once)), "those taken once are those with the lowest ids"
         in_use = {page for step, pages in self.released if step > self.completed for page in pages}
         assert not in_use & set(taken), "a step in flight still uses this page"
         self.owned.append(taken)

@@ -101,7 +101,7 @@ class PreparingEngine(FakeEngine):
         self.begun, self.permits = threading.Semaphore(0), threading.Semaphore(0)
         self.left = 3
 
-    def prepare_next(self) -> bool:
+    def prepare_next(self, pages_used: int) -> bool:
         if not self.left:
             return False
         self.left -= 1

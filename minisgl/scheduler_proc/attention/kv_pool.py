@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+AHEAD_BYTES = 2**28
+"""Of a pool on the host, touched before they are needed."""
+BYTES_AT_ONCE = 2**23
+SMALL_PAGE = 4096
+"""Bytes of the least that a system gives memory by."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -32,6 +38,7 @@ class KVPool:
         self.page_size = page_size
         slots = num_pages * page_size
         self.layers = [_zeros((slots, 2, shape.heads, shape.head_dim), dtype, device) for shape in shapes]
+        self._touched = [0 if device.type == "cpu" else slots] * len(self.layers)
 
     def store(self, layer: int, slots: torch.Tensor, key_value: torch.Tensor) -> None:
         """Write keys and values [tokens, 2, heads, head_dim] to their slots (int64 [tokens]); changes `key_value`."""
@@ -43,6 +50,23 @@ class KVPool:
             self.layers[layer][slots] = key_value
         else:
             self.layers[layer].index_copy_(0, slots, key_value)
+
+    def touch_next(self, used: int) -> bool:
+        """Touch some of the memory behind the first `used` slots; False when enough of it is touched.
+
+        A system gives memory when it is first written to, and a virtual machine takes up to 6 ms for 2 MB: too long in
+        the middle of a step, where all layers may want some at once.
+        """
+        of_slot = sum(layer[0].nbytes for layer in self.layers)
+        enough = min(used + AHEAD_BYTES // of_slot, self.num_pages * self.page_size)
+        for index, layer in enumerate(self.layers):
+            begin = max(self._touched[index], used)
+            if begin < enough:
+                end = min(begin + max(BYTES_AT_ONCE // layer[0].nbytes, 1), enough)
+                layer[begin:end].view(torch.uint8).view(-1)[::SMALL_PAGE].zero_()
+                self._touched[index] = end
+                return True
+        return False
 
 
 def bytes_per_token(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
