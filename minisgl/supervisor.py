@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 _REPORTS = (Hello, Progress, Ready, Heartbeat, Failed)
 
-TICK_SECONDS = 0.4
-OWN_GAP_SECONDS = 0.9
+TICK_SECONDS = 0.2
+OWN_GAP_SECONDS = 0.5
 """When the loop itself came round this late, the supervisor was not watching in between."""
 LAST_WORDS_SECONDS = 0.2
 """How long after an exit its Failed message may still arrive."""

@@ -36,7 +36,7 @@ from minisgl.messages import (
     WorkerUp,
 )
 
-HEARTBEAT_SECONDS = 0.4
+HEARTBEAT_SECONDS = 0.25
 MAX_IDLE_MS = 500
 """Longest sleep of a worker's main loop, so that `tick` is called often enough to count as alive."""
 

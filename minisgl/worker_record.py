@@ -13,8 +13,8 @@ from minisgl.messages import Failed, JsonObject
 MAX_DEATHS = 5
 DEATH_WINDOW_SECONDS = 60.0
 """A worker that dies MAX_DEATHS times within this window is beyond help."""
-SILENCE_SECONDS = 1.3
-"""Heartbeats come each 0.4 s; without one for this long the worker is reported."""
+SILENCE_SECONDS = 0.7
+"""Heartbeats come each 0.25 s; without one for this long the worker is reported."""
 STALL_SECONDS = 2.0
 """A main loop that has not come round for this long is reported."""
 SCHEDULER_STALL_FRACTION = 0.1

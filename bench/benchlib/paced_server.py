@@ -59,7 +59,7 @@ class PacedEngine:
     def logprobs(self, step: PacedStep) -> list[RowLogprobs]:
         return []
 
-    def prepare_next(self) -> bool:
+    def prepare_next(self, pages_used: int) -> bool:
         return False
 
 

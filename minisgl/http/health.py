@@ -6,7 +6,7 @@ import time
 
 from minisgl.messages import Health, JsonObject
 
-STALE_SECONDS = 1.3
+STALE_SECONDS = 1.0
 
 
 class HealthView:

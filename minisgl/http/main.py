@@ -40,7 +40,7 @@ from minisgl.worker import Worker
 if TYPE_CHECKING:
     from minisgl.http.tracing import RequestTracer
 
-TICK_SECONDS = 0.4
+TICK_SECONDS = 0.25
 
 
 def main(worker: Worker) -> None:

@@ -1,7 +1,7 @@
 """GET /metrics: what this server does, in Prometheus's text format, under sglang's names where sglang has one.
 
 One scrape of any http worker answers for the whole server: every worker's statistics reach every http worker by way of
-the supervisor (those of others are at most some 1.2 s old). Each series says in `worker` whose it is; a restarted
+the supervisor (those of others are at most 0.7 s old). Each series says in `worker` whose it is; a restarted
 worker counts from zero again, which Prometheus understands as a counter reset.
 """
 
