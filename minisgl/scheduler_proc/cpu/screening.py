@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
-from minisgl.scheduler_proc.cpu.instructions import multiply, prepare_rows
+from minisgl.scheduler_proc.cpu.instructions import AMX, AVX512_BF16, multiply, prepare_rows
 from minisgl.scheduler_proc.cpu.intrinsics import bits_of_float
 from minisgl.scheduler_proc.cpu.memory import (
     Keeper,
@@ -43,8 +43,10 @@ from minisgl.scheduler_proc.cpu.tiles import (
     place_in_tiles,
 )
 
-ROWS = 32
-"""Sampled rows up to which reading the head is most of its time."""
+ROWS = {AMX: 32, AVX512_BF16: 8}
+"""Sampled rows, by instructions, up to which reading the head is most of its time: with vectors the two digits of a row
+take as long to multiply as the row itself, on tiles that is little beside reading."""
+MOST_ROWS = max(ROWS.values())
 SMALLEST_BYTES = 2**26
 """Of a head that does not stay in a cache."""
 LARGEST_HIDDEN = 2**15

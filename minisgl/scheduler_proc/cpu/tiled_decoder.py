@@ -13,7 +13,7 @@ from minisgl.scheduler_proc.cpu.attention import SEGMENT
 from minisgl.scheduler_proc.cpu.instructions import NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
-from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, ROWS, SMALLEST_BYTES, make_screen
+from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, MOST_ROWS, ROWS, SMALLEST_BYTES, make_screen
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
@@ -70,6 +70,7 @@ class TiledDecoder:
         head = decoder.weights.head
         self.screens = head.nbytes >= smallest_screened and config.hidden_size <= LARGEST_HIDDEN
         self.unscreened_steps = 0
+        self._most_screened_rows = ROWS[NAMES[instructions]]
         self._screen = Screen(0, 0, 0, 0, 0)
         if self.screens:
             self._screen, taken = make_screen(head, self._keeper)
@@ -112,7 +113,8 @@ class TiledDecoder:
         place = 0 if logits is None else logits.data_ptr()
         buffers = self._buffers._replace(logits=place, likeliest=likeliest.data_ptr())
         counts, threads = self._counts_address, self._threads_for(batch.tokens)
-        screens = self.screens and logits is None and 0 < batch.sampled_tokens <= ROWS and not self.unscreened_steps
+        fits = logits is None and 0 < batch.sampled_tokens <= self._most_screened_rows
+        screens = self.screens and fits and not self.unscreened_steps
         if not screens:
             buffers = buffers._replace(digits=0)
             self.unscreened_steps = max(self.unscreened_steps - 1, 0)
@@ -201,9 +203,9 @@ class TiledDecoder:
             logits=0,
             digits=screened(2 * sampled, _up(config.hidden_size, BYTES_DEPTH), np.uint8),
             facts=screened(sampled, FACTS, np.float32),
-            highs=screened(_up(config.vocab_size, PAIR) // PAIR, ROWS, np.int32),
-            lows=screened(self._team.threads * ROWS, BLOCK, np.float32),
-            thresholds=screened(self._team.threads, ROWS, np.int32),
+            highs=screened(_up(config.vocab_size, PAIR) // PAIR, MOST_ROWS, np.int32),
+            lows=screened(self._team.threads * MOST_ROWS, BLOCK, np.float32),
+            thresholds=screened(self._team.threads, MOST_ROWS, np.int32),
             computed=self._buffer_keeper.address(self._computed),
             largest=room(self._team.threads * sampled, LARGEST_BYTES // 4, np.float32),
             largest_bytes=sampled * LARGEST_BYTES,
