@@ -31,6 +31,7 @@ from minisgl.messages import (
 )
 from minisgl.tokenizer_proc.dispatcher import Dispatcher
 from minisgl.tokenizer_proc.encode import PromptEncoder, PromptRefused, PromptText
+from minisgl.tokenizer_proc.known_words import LONGEST_TEXT
 from minisgl.tokenizer_proc.router import make_router
 from minisgl.tokenizer_proc.slow_lane import SlowLane
 from minisgl.worker import MAX_IDLE_MS, Worker
@@ -38,7 +39,7 @@ from minisgl.worker import MAX_IDLE_MS, Worker
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LONG_PROMPT_CHARS = 16_384
+LONG_PROMPT_CHARS = LONGEST_TEXT
 """Texts above this (some 5 ms of work) go to the slow lane."""
 SLOW_LANE_POLL_MS = 1
 TEMPLATE_SECONDS = 2.0

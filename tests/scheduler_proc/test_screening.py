@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,32 +16,16 @@ from numba import njit
 
 from minisgl.scheduler_proc.cpu import screening
 from minisgl.scheduler_proc.cpu.instructions import NAMES
-from minisgl.scheduler_proc.cpu.memory import Keeper
+from minisgl.scheduler_proc.cpu.memory import Batch, Buffers, Keeper, Shape
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES, choose_tokens
 from minisgl.scheduler_proc.cpu.team import counters
 from minisgl.scheduler_proc.cpu.tiled_decoder import make_scratch
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, PAIR, aligned_zeros, pack
 
 
-class Shape(NamedTuple):
-    hidden: int
-    vocab: int
-
-
-class Batch(NamedTuple):
-    sampled_tokens: int
-
-
-class Buffers(NamedTuple):
-    digits: int
-    facts: int
-    highs: int
-    lows: int
-    thresholds: int
-    computed: int
-    largest: int
-    largest_bytes: int
-    likeliest: int
+def only(kind: Any, **fields: int) -> Any:
+    """What a step reads, with nothing but these fields."""
+    return kind(**{**dict.fromkeys(kind._fields, 0), **fields})
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -66,7 +50,8 @@ class Screened:
         counts = counters(4)
         self.highs, self.lows = np.zeros((pairs, count), np.int32), np.zeros((count, BLOCK), np.float32)
         self.computed, self.likeliest = np.zeros(1, np.int64), np.zeros((2, count), np.int64)
-        buffers = Buffers(
+        buffers = only(
+            Buffers,
             digits=keeper.address(aligned_zeros(2 * -(-count // BLOCK) * BLOCK * (hidden + 32), np.uint8)),
             facts=keeper.address(np.zeros((count, screening.FACTS), np.float32)),
             highs=keeper.address(self.highs),
@@ -79,8 +64,8 @@ class Screened:
         )
         choose(
             keeper.address(counts),
-            Shape(hidden, len(head)),
-            Batch(count),
+            only(Shape, hidden=hidden, vocab=len(head)),
+            only(Batch, sampled_tokens=count),
             keeper.address(in_tiles(rows)),
             keeper.address(pack(head)),
             screen,

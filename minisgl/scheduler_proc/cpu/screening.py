@@ -79,9 +79,9 @@ def make_screen(head: torch.Tensor, keeper: Keeper) -> tuple[Screen, int]:
         rounded = (exact / scale.clamp(min=1e-30)[:, None]).round_().nan_to_num_(0.0).clamp_(-127, 127)
         weight[here] = rounded
         scales[here] = scale.where(fine, 0.0)
+        lengths[here] = exact.norm(dim=1).where(fine, 0.0) * _MARGIN
         error = exact.sub_(rounded * scales[here, None]).norm(dim=1)
         errors[here] = (error * _MARGIN).where(fine, torch.inf)
-        lengths[here] = head[here].float().norm(dim=1).where(fine, 0.0) * _MARGIN
     offsets = weight.sum(dim=1, dtype=torch.int32) * 128
     places = (pack_bytes(weight), scales, offsets, errors, lengths)
     return Screen(*(keeper.address(place) for place in places)), sum(place.nbytes for place in places)
