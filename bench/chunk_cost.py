@@ -43,7 +43,6 @@ from minisgl.messages import (
     Failed,
     FinishReason,
     GenerateRequest,
-    Heartbeat,
     Hello,
     Message,
     Opening,
@@ -52,6 +51,7 @@ from minisgl.messages import (
     Shutdown,
     WorkerUp,
 )
+from minisgl.pulse import Pulse
 from minisgl.timeline import now
 from minisgl.worker import run_worker
 
@@ -114,7 +114,7 @@ class HttpWorker:
 
     def __init__(self, run_dir: str) -> None:
         control = ipc_address(run_dir, "supervisor", 1)
-        self._supervisor = Inbox(control, {Hello, Progress, Ready, Heartbeat, Failed})
+        self._supervisor = Inbox(control, {Hello, Progress, Ready, Failed})
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self._port = listener.getsockname()[1]
         spec = WorkerSpec(
@@ -131,8 +131,11 @@ class HttpWorker:
             model=MODEL,
         )
         context = multiprocessing.get_context("spawn")
+        self._pulse = Pulse()
         life_line, self._life = context.Pipe(duplex=False)
-        self._process = context.Process(target=run_worker, args=(spec.pack(), life_line, listener))
+        self._process = context.Process(
+            target=run_worker, args=(spec.pack(), life_line, self._pulse.worker_end, listener)
+        )
         self._process.start()
         listener.close()
         hello = self._wait(Hello)

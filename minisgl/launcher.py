@@ -1,7 +1,8 @@
 """Starting worker processes: the Launcher interface, and the launcher of processes on this host.
 
-A launcher chooses addresses, starts one life of a worker, tells when it is over, and can end it. All else the
-supervisor learns over the control channel, so a launcher for other machines has to provide just this much.
+A launcher chooses addresses, starts one life of a worker, tells when it is over, and can end it. It also
+hands over the worker's heartbeats. All else the supervisor learns over the control channel, so a launcher for other
+machines has to provide just this much.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from typing import Protocol, TypeAlias
 
 from minisgl.channels import ipc_address
 from minisgl.config import WorkerSpec
+from minisgl.messages import Heartbeat
+from minisgl.pulse import Pulse
 from minisgl.worker import run_worker
 
-EntryPoint: TypeAlias = Callable[[bytes, Connection, socket.socket | None], None]
+EntryPoint: TypeAlias = Callable[[bytes, Connection, socket.socket, socket.socket | None], None]
+"""Called as `run_worker` is."""
 
 _REAP_SECONDS = 0.01
 
@@ -57,6 +61,9 @@ class WorkerProcess(Protocol):
 
     def kill(self) -> None:
         """End it at once, with everything it started; its `on_exit` follows."""
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Those that have come since the last call."""
 
 
 class Launcher(Protocol):
@@ -96,13 +103,14 @@ class LocalLauncher:
 
     def start(self, spec: WorkerSpec, on_exit: Callable[[Exit], None]) -> LocalProcess:
         listen_socket = self._listen_sockets[spec.index] if spec.kind == "http" else None
-        process = self._context.Process(
-            target=self._entry_point, name=spec.name, args=(spec.pack(), self._life_line, listen_socket)
-        )
+        pulse = Pulse()
+        args = (spec.pack(), self._life_line, pulse.worker_end, listen_socket)
+        process = self._context.Process(target=self._entry_point, name=spec.name, args=args)
         with _signals_blocked():
             process.start()
+        pulse.worker_end.close()
         self._processes = [other for other in self._processes if other.alive]
-        self._processes.append(LocalProcess(process, on_exit))
+        self._processes.append(LocalProcess(process, pulse, on_exit))
         return self._processes[-1]
 
     def close(self) -> None:
@@ -118,8 +126,9 @@ class LocalLauncher:
 class LocalProcess:
     """A spawned process, watched by the running event loop."""
 
-    def __init__(self, process: SpawnProcess, on_exit: Callable[[Exit], None]) -> None:
+    def __init__(self, process: SpawnProcess, pulse: Pulse, on_exit: Callable[[Exit], None]) -> None:
         self._process = process
+        self._pulse = pulse
         self._on_exit = on_exit
         assert process.pid is not None
         self.pid = process.pid
@@ -138,6 +147,9 @@ class LocalProcess:
             # It has not become a session leader yet, so it has started nothing either.
             self._process.kill()
 
+    def heartbeats(self) -> list[Heartbeat]:
+        return self._pulse.take()
+
     def wait(self) -> None:
         self._process.join()
 
@@ -152,7 +164,9 @@ class LocalProcess:
         if code is None:
             # The kernel is still taking it down (GPU memory can need a while); never block the loop for it.
             asyncio.get_running_loop().call_later(_REAP_SECONDS, self._reap)
-        elif code < 0:
+            return
+        self._pulse.close()
+        if code < 0:
             self._on_exit(Exit(f"killed by signal {-code}", signalled=True))
         else:
             self._on_exit(Exit(f"exited with status {code}", signalled=False))

@@ -10,7 +10,7 @@ raises MalformedMessage, which the receiver counts and drops. No pickle, no exte
     http --TokenizeRequest, DetokenizeRequest--> tokenizer --TextAnswer--> http
     http --FlushCache--> tokenizer --FlushCache--> every scheduler --CacheFlushed--> detokenizer --CacheFlushed--> http
     http --AbortNamed--> every other http
-    worker --Hello, Progress, Ready, Heartbeat, Failed--> supervisor
+    worker --Hello, Progress, Ready, Failed--> supervisor  (and Heartbeat, by the way that pulse.py describes)
     supervisor --WorkerUp, WorkerDown, Health, Drain, Shutdown--> worker
 
 Columns of integers travel as packed little-endian int32 or int64 bytes. Times are CLOCK_MONOTONIC nanoseconds.
@@ -668,21 +668,24 @@ class Ready:
 class Heartbeat:
     """worker -> supervisor, several times a second: alive, and how long ago its main loop last came round.
 
-    `stats` are gauges and counters of that worker (requests in flight, KV pages free, frames dropped, ...).
+    `sent_ns` is when, for a receiver that looks now and then. A loop that waits for messages has an age of 0. `stats`
+    are gauges and counters of that worker (requests in flight, KV pages free, frames dropped, ...).
     """
 
     worker: str
     epoch: int
+    sent_ns: int
     loop_age_us: int
     stats: JsonObject
     TYPE: ClassVar[int] = 23
 
     def pack(self) -> list[Any]:
-        return [self.worker, self.epoch, self.loop_age_us, self.stats]
+        return [self.worker, self.epoch, self.sent_ns, self.loop_age_us, self.stats]
 
     @classmethod
-    def unpack(cls, worker: Any, epoch: Any, loop_age_us: Any, stats: Any) -> Heartbeat:
-        return cls(check_str(worker), check_int(epoch), check_int(loop_age_us), check_object(stats))
+    def unpack(cls, worker: Any, epoch: Any, sent_ns: Any, loop_age_us: Any, stats: Any) -> Heartbeat:
+        times = check_int(sent_ns), check_int(loop_age_us)
+        return cls(check_str(worker), check_int(epoch), *times, check_object(stats))
 
 
 @dataclass(slots=True)
@@ -739,10 +742,10 @@ class WorkerDown:
 
 @dataclass(slots=True)
 class Health:
-    """supervisor -> http, several times a second: `problems` (one sentence each, empty = healthy) and all workers.
+    """supervisor -> http, twice a second and at any news: what is wrong, and all workers.
 
-    `workers` maps a worker's name to {"state", "epoch", "pid", "restarts", "heartbeat_age_ms", "loop_age_ms", "info",
-    "stats"}; `info` is what it said with Ready.
+    `problems` are one sentence each; without any the server is healthy. `workers` maps a worker's name to {"state",
+    "epoch", "pid", "restarts", "heartbeat_age_ms", "loop_age_ms", "info", "stats"}; `info` is what it said with Ready.
     """
 
     problems: list[str]

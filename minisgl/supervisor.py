@@ -1,8 +1,8 @@
 """The supervisor: starts the workers, introduces them to each other, watches them, restarts the dead, drains, stops.
 
 It runs in the launcher's process, on one asyncio loop, and never imports torch. Workers report over the control
-channel (Hello, Progress, Ready, Heartbeat, Failed); the launcher reports deaths. What follows from either is sent to
-the workers at once: WorkerUp and WorkerDown to all, Health to the http workers.
+channel (Hello, Progress, Ready, Failed); the launcher reports deaths and hands over heartbeats. What follows is sent
+to the workers at once: WorkerUp and WorkerDown to all, Health to the http workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from minisgl.messages import (
     Drain,
     Failed,
     Health,
-    Heartbeat,
     Hello,
     Message,
     Progress,
@@ -34,9 +33,11 @@ from minisgl.worker_record import DEATH_WINDOW_SECONDS, MAX_DEATHS, Limits, Stat
 
 logger = logging.getLogger(__name__)
 
-_REPORTS = (Hello, Progress, Ready, Heartbeat, Failed)
+_REPORTS = (Hello, Progress, Ready, Failed)
 
-TICK_SECONDS = 0.2
+TICK_SECONDS = 0.25
+HEALTH_SECONDS = 0.4
+"""Unless there is news, http hears of the workers when a tick finds its last word this old."""
 OWN_GAP_SECONDS = 0.5
 """When the loop itself came round this late, the supervisor was not watching in between."""
 LAST_WORDS_SECONDS = 0.2
@@ -91,6 +92,8 @@ class Supervisor:
         self._stopping = False
         self._drain_deadline: float | None = None
         self._ticked_at = self._watched_since = time.monotonic()
+        self._told: list[str] = []
+        self._told_at = 0.0
 
     # ---- life of the server -----------------------------------------------------------------------------------------
 
@@ -139,6 +142,8 @@ class Supervisor:
             self._send_health()
         else:
             logger.info("stopping at once")
+            for worker in self._of_kind("http"):
+                worker.take_pulse()
             self._finished.set_result(1 if self._in_flight() else 0)
 
     async def stop(self) -> None:
@@ -169,11 +174,9 @@ class Supervisor:
                 if worker is not None and message.epoch == worker.epoch and worker.process is not None:
                     self._hear(worker, message)
 
-    def _hear(self, worker: WorkerRecord, message: Hello | Progress | Ready | Heartbeat | Failed) -> None:
+    def _hear(self, worker: WorkerRecord, message: Hello | Progress | Ready | Failed) -> None:
         worker.heard_at = time.monotonic()
-        if isinstance(message, Heartbeat):
-            worker.loop_age, worker.stats = message.loop_age_us / 1e6, message.stats
-        elif isinstance(message, Hello):
+        if isinstance(message, Hello):
             self._introduce(worker, message.address)
         elif isinstance(message, Progress):
             worker.stage = message.stage
@@ -279,6 +282,7 @@ class Supervisor:
             self._watched_since = now
         self._ticked_at = now
         for worker in self._workers.values():
+            worker.take_pulse()
             if worker.state is State.DEAD:
                 self._restart_when_due(worker, now)
             elif worker.state is State.READY:
@@ -289,7 +293,8 @@ class Supervisor:
                     worker.process.kill()
             elif now - worker.started_at > self._config.startup_timeout:
                 self._fail_late_start(worker)
-        self._send_health()
+        if self._problems(now) != self._told or now - self._told_at > HEALTH_SECONDS:
+            self._send_health()
         if self._drain_deadline is not None and not self._finished.done():
             if self._drained():
                 self._finished.set_result(0)
@@ -320,9 +325,10 @@ class Supervisor:
         return [problem for problem in problems if problem]
 
     def _send_health(self) -> None:
-        now = time.monotonic()
+        now = self._told_at = time.monotonic()
+        self._told = self._problems(now)
         workers = {worker.name: worker.health(now) for worker in self._workers.values()}
-        self._send(self._of_kind("http"), Health(self._problems(now), workers))
+        self._send(self._of_kind("http"), Health(self._told, workers))
 
     def _of_kind(self, kind: str) -> list[WorkerRecord]:
         return [worker for worker in self._workers.values() if worker.kind == kind]

@@ -35,10 +35,11 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
+from minisgl.pulse import beat
 
-HEARTBEAT_SECONDS = 0.25
-MAX_IDLE_MS = 500
-"""Longest sleep of a worker's main loop, so that `tick` is called often enough to count as alive."""
+HEARTBEAT_SECONDS = 0.4
+IDLE_MS = 5000
+"""Longest sleep of an idle main loop. Nothing needs it to come round: it is there for what nobody has thought of."""
 
 PROCESS_KINDS = {
     "http": "minisgl.http.main",
@@ -58,13 +59,15 @@ class Worker:
         listen_socket: for http, the listening socket that the supervisor bound.
     """
 
-    def __init__(self, spec: WorkerSpec, listen_socket: socket.socket | None = None) -> None:
+    def __init__(self, spec: WorkerSpec, pulse: socket.socket, listen_socket: socket.socket | None = None) -> None:
         self.spec = spec
         self.listen_socket = listen_socket
         self.stats: JsonObject = {}
         self.inbox: Inbox
         self._supervisor = Outbox(spec.control_address)
-        self._last_tick = time.monotonic_ns()
+        self._pulse = pulse
+        self._last_tick: int | None = time.monotonic_ns()
+        """None while the main loop waits for messages."""
 
     def open_inbox(self, *accepts: type[Message]) -> Inbox:
         """Bind the inbox and say Hello. Call it first: peers may send as soon as the supervisor announces us."""
@@ -90,12 +93,25 @@ class Worker:
         """The main loop came round. Its age is how the supervisor tells a stuck loop from an idle one."""
         self._last_tick = time.monotonic_ns()
 
+    def wait(self, timeout_ms: int = IDLE_MS) -> bool:
+        """Wait until the inbox has something, at most `timeout_ms`. A loop that waits here is idle, not stuck."""
+        self._last_tick = None
+        try:
+            return self.inbox.wait(timeout_ms)
+        finally:
+            self.tick()
+
+    def beat(self) -> None:
+        """Leave a heartbeat for the supervisor's next round: each HEARTBEAT_SECONDS, and when `stats` are news."""
+        beat(self._pulse, self.heartbeat())
+
     def heartbeat(self) -> Heartbeat:
         stats = dict(self.stats)
         if hasattr(self, "inbox"):
             stats["frames_dropped"] = sum(self.inbox.dropped.values())
-        loop_age_us = (time.monotonic_ns() - self._last_tick) // 1000
-        return Heartbeat(self.spec.name, self.spec.epoch, loop_age_us, stats)
+        last_tick, now = self._last_tick, time.monotonic_ns()
+        loop_age_us = (now - last_tick) // 1000 if last_tick is not None else 0
+        return Heartbeat(self.spec.name, self.spec.epoch, now, loop_age_us, stats)
 
     def failed(self, error: BaseException) -> None:
         message = " ".join(str(error).split())
@@ -109,12 +125,15 @@ class Worker:
             self.inbox.close()
 
 
-def run_worker(packed_spec: bytes, life_line: Connection, listen_socket: socket.socket | None = None) -> None:
+def run_worker(
+    packed_spec: bytes, life_line: Connection, pulse: socket.socket, listen_socket: socket.socket | None = None
+) -> None:
     """The entry point of a worker process.
 
     Args:
         packed_spec: WorkerSpec.pack().
         life_line: read end of a pipe whose write end only the launcher holds; its end of file is the launcher's death.
+        pulse: where heartbeats go, Pulse.worker_end.
         listen_socket: for http workers.
     """
     spec = WorkerSpec.unpack(packed_spec)
@@ -125,7 +144,7 @@ def run_worker(packed_spec: bytes, life_line: Connection, listen_socket: socket.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     setup_logging(spec.name, spec.config.log_level)
-    worker = Worker(spec, listen_socket)
+    worker = Worker(spec, pulse, listen_socket)
     threading.Thread(target=_send_heartbeats, args=(worker,), name="heartbeat", daemon=True).start()
     try:
         importlib.import_module(PROCESS_KINDS[spec.kind]).main(worker)
@@ -158,7 +177,6 @@ def _die_with_launcher(life_line: Connection) -> None:
 
 
 def _send_heartbeats(worker: Worker) -> None:
-    outbox = Outbox(worker.spec.control_address)
     while True:
-        outbox.send(worker.heartbeat())
+        worker.beat()
         time.sleep(HEARTBEAT_SECONDS)

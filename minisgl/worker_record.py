@@ -14,7 +14,7 @@ MAX_DEATHS = 5
 DEATH_WINDOW_SECONDS = 60.0
 """A worker that dies MAX_DEATHS times within this window is beyond help."""
 SILENCE_SECONDS = 0.7
-"""Heartbeats come each 0.25 s; without one for this long the worker is reported."""
+"""Heartbeats come each 0.4 s; without one for this long the worker is reported."""
 STALL_SECONDS = 2.0
 """A main loop that has not come round for this long is reported."""
 SCHEDULER_STALL_FRACTION = 0.1
@@ -86,6 +86,12 @@ class WorkerRecord:
         self.started_at = self.heard_at = now
         self.loop_age, self.stage, self.hang, self.last_words = 0.0, "", "", None
         self.info, self.stats = {}, {}
+
+    def take_pulse(self) -> None:
+        """Read the heartbeats of the current life, if there is one."""
+        for heartbeat in self.process.heartbeats() if self.process is not None else ():
+            self.heard_at = max(self.heard_at, heartbeat.sent_ns / 1e9)
+            self.loop_age, self.stats = heartbeat.loop_age_us / 1e6, heartbeat.stats
 
     def end(self, now: float, cause: str) -> None:
         """The current life is over."""

@@ -20,13 +20,13 @@ from typing import Any
 
 from minisgl.config import WorkerSpec
 from minisgl.messages import Drain, Health, Shutdown, WorkerDown, WorkerUp
-from minisgl.worker import MAX_IDLE_MS, PROCESS_KINDS, Worker, run_worker
+from minisgl.worker import PROCESS_KINDS, Worker, run_worker
 
 
-def run_standin(packed_spec: bytes, life_line: Connection, listen_socket: socket | None = None) -> None:
+def run_standin(packed_spec: bytes, life_line: Connection, pulse: socket, listen_socket: socket | None = None) -> None:
     """The entry point given to LocalLauncher."""
     PROCESS_KINDS[WorkerSpec.unpack(packed_spec).kind] = "standin_workers"
-    run_worker(packed_spec, life_line, listen_socket)
+    run_worker(packed_spec, life_line, pulse, listen_socket)
 
 
 def main(worker: Worker) -> None:
@@ -49,7 +49,7 @@ def main(worker: Worker) -> None:
                 time.sleep(0.05)
             worker.tick()
             worker.stats.update(json.loads(read(orders / f"{name}.stats") or "{}"))
-            inbox.wait(MAX_IDLE_MS)
+            worker.wait(200)
             for message in inbox.drain():
                 seen.write(json.dumps([type(message).__name__, *message.pack(), time.monotonic()]) + "\n")
                 seen.flush()

@@ -15,7 +15,8 @@ import zmq
 
 from minisgl.channels import Inbox, Outbox, ipc_address
 from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
-from minisgl.messages import Failed, Heartbeat, Hello, Message, Progress, Ready, Shutdown, WorkerDown, WorkerUp
+from minisgl.messages import Failed, Hello, Message, Progress, Ready, Shutdown, WorkerDown, WorkerUp
+from minisgl.pulse import Pulse
 from minisgl.worker import run_worker
 
 DEADLINE_SECONDS = 30.0
@@ -61,15 +62,17 @@ class WorkerProcess:
 
     def __init__(self, wiring: Wiring, spec: WorkerSpec) -> None:
         self.spec = spec
-        self._control = wiring.inbox("supervisor", 1, Hello, Progress, Ready, Heartbeat, Failed)
+        self._control = wiring.inbox("supervisor", 1, Hello, Progress, Ready, Failed)
+        self._pulse = Pulse()
         life_line, self._life = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=run_worker, args=(spec.pack(), life_line))
+        self.process = context.Process(target=run_worker, args=(spec.pack(), life_line, self._pulse.worker_end))
         self.process.start()
         life_line.close()
         self._outbox = Outbox(spec.inbox_address)
         try:
             self.ready = self._until(Ready, lambda message: True)
+            self._pulse.take()
         except AssertionError:
             self.process.kill()
             raise
@@ -107,9 +110,16 @@ class WorkerProcess:
         self.send(WorkerDown(worker, epoch, "killed by the test"))
 
     def wait_stats(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first heartbeat's stats from now on that meet the condition."""
-        heartbeat: Heartbeat = self._until(Heartbeat, lambda message: condition(message.stats))
-        return heartbeat.stats
+        """The first heartbeat's stats that meet the condition, of those not looked at yet."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        stats: dict[str, Any] = {}
+        while time.monotonic() < deadline:
+            for heartbeat in self._pulse.take():
+                stats = heartbeat.stats
+                if condition(stats):
+                    return stats
+            time.sleep(0.02)
+        raise AssertionError(f"no such stats; the last were {stats}")
 
     def _until(self, kind: type[Any], condition: Callable[[Any], bool]) -> Any:
         deadline = time.monotonic() + DEADLINE_SECONDS

@@ -71,10 +71,10 @@ def _next_token(row: StepRow) -> int:
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def run_paced(packed_spec: bytes, life_line: Connection, listen_socket: socket | None = None) -> None:
+def run_paced(packed_spec: bytes, life_line: Connection, pulse: socket, listen_socket: socket | None = None) -> None:
     """What a worker process runs."""
     PROCESS_KINDS["scheduler"] = "benchlib.paced_server"
-    run_worker(packed_spec, life_line, listen_socket)
+    run_worker(packed_spec, life_line, pulse, listen_socket)
 
 
 def main(worker: Worker) -> None:

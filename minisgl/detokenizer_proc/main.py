@@ -31,7 +31,7 @@ from minisgl.messages import (
     http_worker_of,
 )
 from minisgl.tokenizer_proc.tokenizer_files import load_tokenizer
-from minisgl.worker import MAX_IDLE_MS, Worker
+from minisgl.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def main(worker: Worker) -> None:
     service = DetokenizerService(spec, TokenTexts(load_tokenizer(spec.model.directory, spec.config.trust_remote_code)))
     worker.ready()
     while True:
-        inbox.wait(MAX_IDLE_MS)
+        worker.wait()
         for message in inbox.drain():
             if type(message) is Shutdown:
                 service.send_deltas()
@@ -53,7 +53,6 @@ def main(worker: Worker) -> None:
             service.handle(message)
         service.send_deltas()
         worker.stats.update(service.stats())
-        worker.tick()
 
 
 @dataclass(slots=True)

@@ -90,7 +90,7 @@ class Figures:
             self._generation.observe(stream.completion_tokens)
 
     def tick(self) -> None:
-        """Call it several times a second: remembers the token count for the present rate."""
+        """Call it twice a second: remembers the token count for the present rate."""
         self._recent.append((now(), self.generation_tokens))
         while self._recent[-1][0] - self._recent[1][0] > RATE_SECONDS * 1e9:
             self._recent.popleft()

@@ -10,7 +10,7 @@ STALE_SECONDS = 1.0
 
 
 class HealthView:
-    """The supervisor sends Health several times a second; its silence is itself a problem.
+    """The supervisor sends Health twice a second; its silence is itself a problem.
 
     Attributes:
         figures: those of the other http workers, where there are several; they are for GET /metrics alone.

@@ -40,7 +40,7 @@ from minisgl.worker import Worker
 if TYPE_CHECKING:
     from minisgl.http.tracing import RequestTracer
 
-TICK_SECONDS = 0.25
+TICK_SECONDS = 0.5
 
 
 def main(worker: Worker) -> None:
@@ -77,7 +77,7 @@ class HttpProcess:
             timeout_keep_alive=65,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Server(config, on_listening=self._listening)
+        self._server = _Server(config, on_listening=self._listening, on_tick=self._tick)
 
     async def run(self) -> None:
         """Serve until Shutdown; raises what went wrong in the dispatcher, if anything did."""
@@ -85,7 +85,8 @@ class HttpProcess:
             raise RuntimeError("an http worker needs the listening socket of its supervisor")
         loop = asyncio.get_running_loop()
         self._worker.inbox.attach(loop, self._on_messages)
-        self._tick(loop)
+        # The first heartbeat already says how many requests there are: none.
+        self._tick()
         try:
             await self._server.serve(sockets=[self._worker.listen_socket])
         finally:
@@ -101,14 +102,13 @@ class HttpProcess:
     def _listening(self) -> None:
         self._worker.ready()
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _tick(self) -> None:
         self._worker.tick()
         self._streams.drop_stalled()
         self._streams.figures.tick()
         self._worker.stats.update(self._accounts.snapshot(), **self._streams.snapshot())
         if self._worker.spec.config.http_workers > 1:
             self._worker.stats["figures"] = self._streams.figures.snapshot()
-        loop.call_later(TICK_SECONDS, self._tick, loop)
 
     def _on_messages(self, messages: list[Message]) -> None:
         try:
@@ -145,6 +145,9 @@ class HttpProcess:
             self._streams.elsewhere = self._health.streams_of_others(self._worker.spec.name)
         elif isinstance(message, Drain):
             self._streams.draining = "draining"
+            # A second signal may follow, and whoever sent it is told whether requests were cut.
+            self._tick()
+            self._worker.beat()
         elif isinstance(message, Shutdown):
             stopped = "the server was stopped before it could finish this request"
             self._stop("shutting down", ApiError(503, "shutting_down", stopped, retry_after=1))
@@ -170,11 +173,15 @@ def _tracer(spec: WorkerSpec) -> RequestTracer | None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our Acceptor, without its signal handlers (the launcher has them), with word of when it listens."""
+    """uvicorn with our Acceptor, without its signal handlers (the launcher has them).
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+    It calls `on_listening` once, and `on_tick` each TICK_SECONDS while it serves.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None], on_tick: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_listening = on_listening
+        self._on_tick = on_tick
         self._acceptors: list[Acceptor] = []
         self._stopped = asyncio.Event()
 
@@ -184,12 +191,13 @@ class _Server(uvicorn.Server):
         self._stopped.set()
 
     async def main_loop(self) -> None:
-        # uvicorn looks ten times a second whether it is to end, and brings the Date header up to date each tenth time.
+        # uvicorn looks ten times a second whether it is to end, and at each tenth brings the Date header up to date.
         counter = 0
         while not await self.on_tick(counter):
+            self._on_tick()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), 1.0)
-            counter += 10
+                await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
+            counter += round(TICK_SECONDS * 10)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])

@@ -23,7 +23,7 @@ from minisgl.messages import (
     make_request_id,
 )
 from minisgl.scheduler_proc.core import ReplicaCore
-from minisgl.worker import MAX_IDLE_MS, Worker
+from minisgl.worker import IDLE_MS, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def serve(worker: Worker, core: ReplicaCore) -> None:
             if not core.busy:
                 statistics.write()
                 # Between the requests of a busy client nothing is begun that the next one would have to wait for.
-                if not worker.inbox.wait(QUIET_MS if may_prepare else MAX_IDLE_MS) and may_prepare:
+                if not worker.wait(QUIET_MS if may_prepare else IDLE_MS) and may_prepare:
                     may_prepare = core.engine.prepare_next(core.scheduler.pages.taken_once)
             else:
                 may_prepare = True

@@ -34,7 +34,7 @@ from minisgl.tokenizer_proc.encode import PromptEncoder, PromptRefused, PromptTe
 from minisgl.tokenizer_proc.known_words import LONGEST_TEXT
 from minisgl.tokenizer_proc.router import make_router
 from minisgl.tokenizer_proc.slow_lane import SlowLane
-from minisgl.worker import MAX_IDLE_MS, Worker
+from minisgl.worker import IDLE_MS, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def main(worker: Worker) -> None:
     service = TokenizerService(worker.spec, encoder)
     worker.ready({"chat_template": encoder.chat_template is not None})
     while True:
-        inbox.wait(service.patience_ms)
+        worker.wait(service.patience_ms)
         for message in inbox.drain():
             if type(message) is Shutdown:
                 service.close()
@@ -69,7 +69,6 @@ def main(worker: Worker) -> None:
             worker.tick()
         service.finish_round()
         worker.stats.update(service.stats())
-        worker.tick()
 
 
 class TokenizerService:
@@ -87,7 +86,7 @@ class TokenizerService:
     @property
     def patience_ms(self) -> int:
         """How long the loop may sleep when nothing arrives."""
-        return SLOW_LANE_POLL_MS if self._slow_lane.requests else MAX_IDLE_MS
+        return SLOW_LANE_POLL_MS if self._slow_lane.requests else IDLE_MS
 
     def stats(self) -> JsonObject:
         return {

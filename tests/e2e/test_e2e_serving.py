@@ -104,6 +104,28 @@ def test_the_ready_notice_says_what_where_and_how(server: RealServer) -> None:
     }
 
 
+def test_an_idle_stack_hardly_wakes(server: RealServer) -> None:
+    """On a machine where each costs a millisecond, 30 times a second are 3 % of a core.
+
+    Waking is counted, not timed: what it costs is the machine's affair. Some 23 are foreseen.
+    """
+
+    def woken() -> int:
+        """How often a thread of the stack has gone to sleep so far."""
+        states = [
+            state.read_text()
+            for process in server.processes()
+            for state in Path(f"/proc/{process.pid}/task").glob("*/status")
+        ]
+        return sum(int(state.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for state in states)
+
+    # Kernels, memory and caches are prepared in the first idle seconds.
+    time.sleep(3)
+    before, started = woken(), time.monotonic()
+    time.sleep(5)
+    assert (woken() - before) / (time.monotonic() - started) < 40
+
+
 def test_the_notices_curl_command_works(server: RealServer) -> None:
     import shlex
 

@@ -29,7 +29,6 @@ from minisgl.messages import (
     FlushCache,
     GenerateRequest,
     Health,
-    Heartbeat,
     Hello,
     Message,
     Opening,
@@ -40,6 +39,7 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
+from minisgl.pulse import Pulse
 from minisgl.timeline import now
 from minisgl.worker import run_worker
 
@@ -68,7 +68,7 @@ class Rig:
         self.run_dir = tempfile.TemporaryDirectory(prefix="http-rig-")
         self.config = ServerConfig(**{"port": 0, **ONE_OF_EACH, **config})
         control = ipc_address(self.run_dir.name, "supervisor", 1)
-        self.supervisor = Inbox(control, {Hello, Progress, Ready, Heartbeat, Failed})
+        self.supervisor = Inbox(control, {Hello, Progress, Ready, Failed})
         self.epochs = {"scheduler-0": 1, "scheduler-1": 1}
         self._markers = itertools.count()
         self.tokenizers: list[Inbox] = []
@@ -96,8 +96,11 @@ class Rig:
             ),
         )
         context: Any = multiprocessing.get_context(start_method)
+        self.pulse = Pulse()
         life_line, self._life = context.Pipe(duplex=False)
-        self.process = context.Process(target=run_worker, args=(spec.pack(), life_line, listener))
+        self.process = context.Process(
+            target=run_worker, args=(spec.pack(), life_line, self.pulse.worker_end, listener)
+        )
         self.process.start()
         listener.close()
         self.ring = Outbox(self.from_worker(Hello).address)
@@ -123,16 +126,15 @@ class Rig:
         """The worker's stats, as soon as they show these values."""
         last: dict[str, Any] = {}
 
-        def shows(heartbeat: Heartbeat) -> bool:
-            last.update(heartbeat.stats)
-            return bool(last) and all(last.get(name) == value for name, value in expected.items())
-
-        try:
-            self.supervisor.drain()
-            self.from_worker(Heartbeat, shows)
-        except AssertionError:
-            raise AssertionError(f"stats stay at {last}, expected {expected}") from None
-        return last
+        self.pulse.take()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            for heartbeat in self.pulse.take():
+                last = heartbeat.stats
+                if last and all(last.get(name) == value for name, value in expected.items()):
+                    return last
+            time.sleep(0.02)
+        raise AssertionError(f"stats stay at {last}, expected {expected}")
 
     def up(self, worker: str, address: str = "") -> None:
         self.epochs.setdefault(worker, 1)
