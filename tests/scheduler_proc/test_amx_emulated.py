@@ -12,8 +12,21 @@ import torch
 
 pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
 
+from numba import njit
+
 from minisgl.scheduler_proc.cpu import amx
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, BYTES_DEPTH, DEPTH, PAIR, pack, pack_bytes
+from minisgl.scheduler_proc.cpu.narrow import narrow, put_patches, widen
+from minisgl.scheduler_proc.cpu.tiles import (
+    BLOCK,
+    BLOCKS_AT_ONCE,
+    BYTES_DEPTH,
+    DEPTH,
+    PAIR,
+    TILE_BYTES,
+    aligned_zeros,
+    pack,
+    pack_bytes,
+)
 
 SUMS, ROWS, COLUMNS = range(4), (4, 5), (6, 7)
 
@@ -70,6 +83,16 @@ class Tiles:
         return bits.view(np.float32).reshape(16, 16, 2)
 
 
+@njit  # type: ignore[untyped-decorator]
+def compiled_widen(source: Any, lowest: Any, target: Any) -> None:
+    widen(source, lowest, target)
+
+
+@njit  # type: ignore[untyped-decorator]
+def compiled_put_patches(patch: Any, depth: Any, target: Any) -> Any:
+    return put_patches(patch, depth, target)
+
+
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
     tiles = Tiles()
@@ -86,6 +109,10 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
         monkeypatch.setattr(amx, f"bytes_{c}{a}{b}", tiles.multiply_bytes(c, a, b))
     for name in ("prefetch", "prefetch_far"):
         monkeypatch.setattr(amx, name, lambda address: None)
+    for name in ("zero", "load", "multiply", "store"):
+        monkeypatch.setattr(amx, f"_{name}", uncompiled(getattr(amx, f"_{name}")))
+    monkeypatch.setattr(amx, "widen_and_ask", compiled_widen)
+    monkeypatch.setattr(amx, "put_patches", compiled_put_patches)
     monkeypatch.setattr(amx, "get_long", lambda address, index: ctypes.c_int64.from_address(address + 8 * index).value)
     return tiles
 
@@ -106,9 +133,34 @@ def test_products_of_rows_with_a_pair_of_blocks(count: int, tiles: Tiles) -> Non
     tiles.configure(amx.shapes_of_rows(count))
     place = packed.data_ptr()
     for part in range(3):
-        arguments = (False, place, place, part, depths, in_tiles.data_ptr(), count, sums.data_ptr())
+        arguments = (False, place, place, packed.nbytes, part, depths, in_tiles.data_ptr(), count, sums.data_ptr())
         uncompiled(amx.multiply)(*arguments)
         torch.testing.assert_close(sums[:count], rows[:count].float() @ weight.float().T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", range(1, PAIR + 1))
+@pytest.mark.parametrize("keep", [False, True])
+def test_products_of_rows_with_a_narrow_pair(keep: bool, count: int, tiles: Tiles) -> None:
+    """Of more depths than the ring has, the last ones with patches."""
+    depths = amx.RING + 3
+    weight = torch.randn(PAIR, depths * DEPTH, dtype=torch.bfloat16)
+    weight[3, -3:] = torch.tensor([0.0, 1e-30, 1e30])
+    rows = torch.randn(PAIR, depths * DEPTH, dtype=torch.bfloat16)
+    rows[:, -1] = 0.0
+    in_tiles = rows.view(-1, BLOCK, depths, DEPTH).transpose(1, 2).contiguous()
+    packed = pack(weight)
+    narrowed = narrow(packed)
+    assert narrowed is not None
+    fact = int(narrowed.pairs[0])
+    wide = aligned_zeros((depths if keep else amx.RING) * 2 * TILE_BYTES, np.uint8)
+    sums = torch.full((PAIR, PAIR), float("nan"))
+    tiles.configure(amx.shapes_of_rows(count))
+    places = narrowed.data.ctypes.data, fact & 0xFF, narrowed.patches.ctypes.data + 8 * (fact >> 8)
+    arguments = (*places, keep, depths, in_tiles.data_ptr(), count, sums.data_ptr(), wide.ctypes.data)
+    uncompiled(amx.multiply_narrow)(*arguments)
+    torch.testing.assert_close(sums[:count], rows[:count].float() @ weight.float().T, rtol=1e-5, atol=1e-3)
+    if keep:
+        assert wide.tobytes() == packed.view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("count", range(2, PAIR + 1, 2))
@@ -121,7 +173,7 @@ def test_products_of_bytes_with_a_pair_of_blocks(count: int, tiles: Tiles) -> No
     sums = torch.full((PAIR, PAIR), -1, dtype=torch.int32)
     tiles.configure(amx.shapes_of_rows(count))
     place = packed.data_ptr()
-    uncompiled(amx.multiply)(True, place, place, 0, depths, in_tiles.data_ptr(), count, sums.data_ptr())
+    uncompiled(amx.multiply)(True, place, place, 0, 0, depths, in_tiles.data_ptr(), count, sums.data_ptr())
     assert torch.equal(sums[:count].long(), rows[:count].long() @ weight.long().T)
 
 

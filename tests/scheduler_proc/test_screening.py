@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cpu_products import in_tiles
+from test_cpu_products import in_tiles, matrix_of
 from tiny_models import cpu_instructions
 
 pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
@@ -42,7 +42,7 @@ def choose(
 class Screened:
     """The likeliest tokens of rows, with all that has led to them."""
 
-    def __init__(self, instructions: str, rows: torch.Tensor, head: torch.Tensor) -> None:
+    def __init__(self, instructions: str, rows: torch.Tensor, head: torch.Tensor, narrowed: bool = False) -> None:
         keeper = Keeper()
         count, hidden = rows.shape
         pairs = -(-len(head) // PAIR)
@@ -67,10 +67,10 @@ class Screened:
             only(Shape, hidden=hidden, vocab=len(head)),
             only(Batch, sampled_tokens=count),
             keeper.address(in_tiles(rows)),
-            keeper.address(pack(head)),
+            keeper.address(matrix_of(pack(head), narrowed, keeper)),
             screen,
             buffers,
-            make_scratch(0, NAMES[instructions], 64, keeper),
+            make_scratch(0, NAMES[instructions], 64, hidden, keeper),
         )
         self._keeper = keeper
 
@@ -123,10 +123,11 @@ def test_logits_lie_between_their_bounds(head_kind: str, rows_kind: str, instruc
 
 
 @pytest.mark.parametrize("instructions", cpu_instructions())
-def test_most_columns_are_ruled_out(instructions: str) -> None:
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_most_columns_are_ruled_out(narrowed: bool, instructions: str) -> None:
     torch.manual_seed(1)
     rows, head = make("plain", 4, 896), make("plain", 6400, 896)
-    found = Screened(instructions, rows, head)
+    found = Screened(instructions, rows, head, narrowed)
     assert 1 <= found.computed[0] < 20
     assert 6400 * 896 < found.taken < 6400 * 896 * 1.03
     logits = rows.float() @ head.float().T

@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from numba import types
 
-from minisgl.scheduler_proc.cpu.compiler import compiled
+from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
 from minisgl.scheduler_proc.cpu.intrinsics import (
     BYTE,
     POINTER,
@@ -27,6 +27,7 @@ from minisgl.scheduler_proc.cpu.intrinsics import (
     prefetch_far,
 )
 from minisgl.scheduler_proc.cpu.memory import get_long
+from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES, put_patches, widen_and_ask
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
 from minisgl.scheduler_proc.device import cpu_flags
 
@@ -35,6 +36,10 @@ AHEAD = 2048
 ASKED_LINES = 4
 """Lines of the next pair that are asked for with each depth of all rows but the first 32, about as fast as they come.
 The first 32 read their own pair from memory, and the CPU reads ahead for them by itself."""
+RING = 8
+"""Depths of a narrow pair that are kept in full width where only one part of the rows needs them."""
+LEAD = 2
+"""Depths that are widened before they are multiplied."""
 
 
 def permitted() -> bool:
@@ -165,30 +170,22 @@ def shapes_of_rows(rows: int) -> np.ndarray:
 
 
 @compiled
-def multiply(of_bytes, pair, next_pair, part, depths, rows, count, sums):
+def multiply(of_bytes, pair, next_pair, next_bytes, part, depths, rows, count, sums):
     """Products of up to 32 rows with a pair of blocks; see instructions.py. The tiles must have their shapes."""
     both = count > BLOCK
     # Each line once, and none after the last.
-    asked = ASKED_LINES if part > 0 and (part - 1) * ASKED_LINES < PAIR else 0
+    asked = ASKED_LINES if part > 0 and (part - 1) * ASKED_LINES * depths * LINE < next_bytes else 0
     ahead = next_pair + (part - 1) * ASKED_LINES * depths * LINE
-    zero_0()
-    zero_1()
-    if both:
-        zero_2()
-        zero_3()
+    _zero(both)
     for depth in range(depths):
-        here, lines = rows + depth * TILE_BYTES, pair + depth * 2 * TILE_BYTES
+        lines = pair + depth * 2 * TILE_BYTES
         if part == 0:
             for line in range(AHEAD, AHEAD + 2 * TILE_BYTES, LINE):
                 prefetch(lines + line)
         for line in range(asked):
             prefetch_far(ahead + line * LINE)
         ahead += asked * LINE
-        load_4(here, LINE)
-        load_6(lines, 2 * LINE)
-        load_7(lines + LINE, 2 * LINE)
-        if both:
-            load_5(here + depths * TILE_BYTES, LINE)
+        _load(both, rows, depth, depths, lines)
         if of_bytes:
             bytes_046()
             bytes_147()
@@ -196,11 +193,59 @@ def multiply(of_bytes, pair, next_pair, part, depths, rows, count, sums):
                 bytes_256()
                 bytes_357()
         else:
-            multiply_046()
-            multiply_147()
-            if both:
-                multiply_256()
-                multiply_357()
+            _multiply(both)
+    _store(both, sums)
+
+
+@compiled
+def multiply_narrow(pair, lowest, patch, keep, depths, rows, count, sums, wide):
+    """Products of up to 32 rows with a narrow pair of blocks; see instructions.py."""
+    both = count > BLOCK
+    # The first level keeps the ring. Tiles are loaded from what was widened some time ago: a line cannot be read from
+    # the buffer that writes pass through.
+    ring = -1 if keep else RING - 1
+    _zero(both)
+    for ready in range(depths + LEAD):
+        if ready < depths:
+            target = wide + (ready & ring) * 2 * TILE_BYTES
+            widen_and_ask(pair + ready * NARROW_BYTES, lowest, target)
+            patch = put_patches(patch, ready, target)
+        depth = ready - LEAD
+        if depth >= 0:
+            _load(both, rows, depth, depths, wide + (depth & ring) * 2 * TILE_BYTES)
+            _multiply(both)
+    _store(both, sums)
+
+
+@inlined
+def _zero(both):
+    zero_0()
+    zero_1()
+    if both:
+        zero_2()
+        zero_3()
+
+
+@inlined
+def _load(both, rows, depth, depths, lines):
+    load_4(rows + depth * TILE_BYTES, LINE)
+    load_6(lines, 2 * LINE)
+    load_7(lines + LINE, 2 * LINE)
+    if both:
+        load_5(rows + (depths + depth) * TILE_BYTES, LINE)
+
+
+@inlined
+def _multiply(both):
+    multiply_046()
+    multiply_147()
+    if both:
+        multiply_256()
+        multiply_357()
+
+
+@inlined
+def _store(both, sums):
     if both:
         store_2(sums + BLOCK * PAIR * 4, PAIR * 4)
         store_3(sums + BLOCK * PAIR * 4 + BLOCK * 4, PAIR * 4)

@@ -28,21 +28,38 @@ def prepare_rows(scratch, count):
 
 
 @inlined
-def multiply(scratch, of_bytes, pair, next_pair, part, parts, depths, rows, count):
+def multiply(scratch, of_bytes, pair, next_pair, next_bytes, part, parts, depths, rows, count):
     """Products of up to 32 rows with a pair of blocks of a packed weight, to scratch.sums.
 
     Args:
         of_bytes: whether rows are uint8, an even number of them, the weight is int8 and the sums are int32.
         pair: its address.
-        next_pair: of the one that is multiplied after it, which may be asked for in time.
+        next_pair: of the one that is multiplied after it, whose `next_bytes` may be asked for in time.
         part, parts: which part of the rows this is of so many that are multiplied with the pair one after the other.
         depths: input columns / 32, of bytes / 64.
         rows: address of the first row, in tiles, with which a tile begins.
     """
     if scratch.instructions == AMX:
-        amx.multiply(of_bytes, pair, next_pair, part, depths, rows, count, scratch.sums)
+        amx.multiply(of_bytes, pair, next_pair, next_bytes, part, depths, rows, count, scratch.sums)
     else:
         avx512.multiply(of_bytes, pair, next_pair if part + 1 == parts else pair, depths, rows, count, scratch.sums)
+
+
+@inlined
+def multiply_narrow(scratch, pair, fact, patches, keep, depths, rows, count):
+    """`multiply` with a pair in twelve bits, see narrow.py.
+
+    Args:
+        pair: the address of its data.
+        fact: its entry in Narrow.pairs.
+        patches: address of all patches of its matrix.
+        keep: whether the whole pair is left at scratch.wide, packed as if it had never been narrow.
+    """
+    lowest, patch = fact & 0xFF, patches + 8 * (fact >> 8)
+    if scratch.instructions == AMX:
+        amx.multiply_narrow(pair, lowest, patch, keep, depths, rows, count, scratch.sums, scratch.wide)
+    else:
+        avx512.multiply_narrow(pair, lowest, patch, keep, depths, rows, count, scratch.sums, scratch.wide)
 
 
 @inlined

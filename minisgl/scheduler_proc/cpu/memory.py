@@ -56,12 +56,14 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model. Matrices are packed (see tiles.pack), norms and biases float32; biases that a model lacks are zero.
+    """A model. Matrices are packed (see tiles.pack), and narrow where they can be (see narrow.py).
+
+    Norms and biases are float32; biases that a model lacks are zero.
 
     Attributes:
         embedding: bfloat16 [vocab, hidden].
-        matrices: int64 [layers, 4], addresses of qkv, output, gate_up, down.
-        head: the packed matrix.
+        matrices: int64 [4 * layers + 1, 3], of each layer's qkv, output, gate_up and down and of the head the addresses
+            of the packed matrix, 0 and 0; of a narrow one those of its data, pairs and patches.
         norms: [layers, 2, hidden], before attention and before the MLP.
         last_norm: [hidden].
         qkv_bias: [layers, (heads + 2 kv heads) * head_dim].
@@ -74,7 +76,6 @@ class Weights(NamedTuple):
 
     embedding: int
     matrices: int
-    head: int
     norms: int
     last_norm: int
     qkv_bias: int
@@ -196,6 +197,7 @@ class Scratch(NamedTuple):
         thread: its number.
         instructions: which multiply, see instructions.py.
         sums: float32 [32, 32], a product's outputs.
+        wide: room for a pair of blocks of the matrix with most inputs.
         shapes: of AMX's tiles, for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
         query_tile: words [half, 16], two bfloat16 each: a tile of queries.
         lows, limits: int32 [16], which keys its queries see.
@@ -209,6 +211,7 @@ class Scratch(NamedTuple):
     thread: int
     instructions: int
     sums: int
+    wide: int
     shapes: int
     attention_shapes: int
     query_tile: int

@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
-from minisgl.scheduler_proc.cpu.instructions import multiply, prepare_rows
-from minisgl.scheduler_proc.cpu.memory import get_float, get_int, set_float, set_int, set_long, set_short
+from minisgl.scheduler_proc.cpu.instructions import multiply, multiply_narrow, prepare_rows
+from minisgl.scheduler_proc.cpu.memory import get_float, get_int, get_long, set_float, set_int, set_long, set_short
+from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES
 from minisgl.scheduler_proc.cpu.numbers import silu, to_bfloat16
 from minisgl.scheduler_proc.cpu.team import take, take_run
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, TILE_BYTES, place_in_tiles
@@ -25,12 +26,13 @@ largest outputs of each row are kept, with the columns that they are from."""
 
 
 @inlined
-def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, columns, bias, target, scratch):
+def multiply_rows(counts, phase, threads, kind, source, depths, rows, matrix, columns, bias, target, scratch):
     """One matrix product of the step: every item is 32 output columns (16 gate and 16 up ones) of a group of rows.
 
     Args:
         kind: what becomes of the outputs.
         source: bfloat16 [rows, depths * 32], in tiles.
+        matrix: address of three int64, see Weights.matrices.
         columns: of the output, as it is stored.
         bias: float32 [columns] (with ACTIVATE gate's, then up's), or 0 for none.
         target: float32 [rows, columns]; with ACTIVATE bfloat16, in tiles; with CHOOSE this thread's Buffers.largest.
@@ -40,7 +42,8 @@ def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, co
     group = max(GROUP_BYTES // (depths * DEPTH * 2 * PAIR), 1) * PAIR
     groups = (rows + group - 1) // group
     prepared = 0
-    pair_bytes = 2 * depths * TILE_BYTES
+    weight, facts, patches = get_long(matrix, 0), get_long(matrix, 1), get_long(matrix, 2)
+    pair_bytes = depths * (NARROW_BYTES if facts != 0 else 2 * TILE_BYTES)
     if kind == CHOOSE:
         forget_largest(rows, target)
     item, last = take_run(counts, phase, threads, pairs * groups)
@@ -59,7 +62,14 @@ def multiply_rows(counts, phase, threads, kind, source, depths, rows, weight, co
                 prepare_rows(scratch, count)
                 prepared = count
             part, place = (row - begin) // PAIR, source + place_in_tiles(row, 0, depths)
-            multiply(scratch, False, blocks, next_blocks, part, parts, depths, place, count)
+            if facts == 0:
+                multiply(scratch, False, blocks, next_blocks, pair_bytes, part, parts, depths, place, count)
+            elif part == 0:
+                fact = get_long(facts, pair)
+                multiply_narrow(scratch, blocks, fact, patches, parts > 1, depths, place, count)
+            else:
+                wide = scratch.wide
+                multiply(scratch, False, wide, next_blocks, pair_bytes, part, parts, depths, place, count)
             if kind == CHOOSE:
                 keep_largest(scratch.sums, count, here, column, target + row * LARGEST_BYTES)
             else:

@@ -16,19 +16,21 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, compiled_to_sum, inlined
-from minisgl.scheduler_proc.cpu.instructions import AMX, AVX512_BF16, multiply, prepare_rows
+from minisgl.scheduler_proc.cpu.instructions import AMX, AVX512_BF16, multiply, multiply_narrow, prepare_rows
 from minisgl.scheduler_proc.cpu.intrinsics import bits_of_float
 from minisgl.scheduler_proc.cpu.memory import (
     Keeper,
     Screen,
     get_float,
     get_int,
+    get_long,
     get_short,
     set_byte,
     set_float,
     set_int,
     set_long,
 )
+from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES
 from minisgl.scheduler_proc.cpu.numbers import from_bfloat16, to_nearest
 from minisgl.scheduler_proc.cpu.products import forget_largest, keep_largest
 from minisgl.scheduler_proc.cpu.team import take, take_run
@@ -201,7 +203,7 @@ def bound_logits(counts, phase, threads, shape, rows, screen, buffers, scratch):
                 prepare_rows(scratch, 2 * count)
                 prepared = count
             place = buffers.digits + 2 * part * depths * TILE_BYTES
-            multiply(scratch, True, blocks, next_blocks, part, parts, depths, place, 2 * count)
+            multiply(scratch, True, blocks, next_blocks, pair_bytes, part, parts, depths, place, 2 * count)
             _bound(
                 scratch.sums,
                 count,
@@ -243,6 +245,7 @@ def multiply_the_rest(counts, phase, threads, shape, rows, source, head, buffers
     """Compute the logits that have not been ruled out, and keep the largest in Buffers.largest."""
     pairs = (shape.vocab + PAIR - 1) // PAIR
     depths = shape.hidden // DEPTH
+    weight, facts, patches = get_long(head, 0), get_long(head, 1), get_long(head, 2)
     largest = buffers.largest + scratch.thread * buffers.largest_bytes
     thresholds = buffers.thresholds + 4 * scratch.thread * rows
     forget_largest(rows, largest)
@@ -252,8 +255,12 @@ def multiply_the_rest(counts, phase, threads, shape, rows, source, head, buffers
     pair, last = take_run(counts, phase, threads, pairs)
     while pair < last:
         if not _ruled_out(rows, buffers.highs + 4 * pair * rows, thresholds):
-            blocks = head + pair * 2 * depths * TILE_BYTES
-            multiply(scratch, False, blocks, blocks, 0, 1, depths, source, rows)
+            if facts == 0:
+                blocks = weight + pair * 2 * depths * TILE_BYTES
+                multiply(scratch, False, blocks, blocks, 0, 0, 1, depths, source, rows)
+            else:
+                blocks = weight + pair * depths * NARROW_BYTES
+                multiply_narrow(scratch, blocks, get_long(facts, pair), patches, False, depths, source, rows)
             keep_largest(scratch.sums, rows, min(PAIR, shape.vocab - pair * PAIR), pair * PAIR, largest)
             computed += 1
         pair += 1

@@ -200,13 +200,11 @@ def run_step(counts, threads, shape, weights, screen, batch, pool, buffers, scra
     for product in range(4 * shape.layers + 1):
         layer, number = product // 4, product % 4
         kind, source, depths, columns, target = STORE, buffers.normed, shape.hidden // DEPTH, qkv_width, buffers.qkv
-        bias, matrix = weights.qkv_bias + 4 * layer * qkv_width, weights.head
+        bias, matrix = weights.qkv_bias + 4 * layer * qkv_width, weights.matrices + 24 * product
         if layer == shape.layers:
             columns, bias, target = shape.vocab, 0, buffers.logits
             if target == 0:
                 kind, target = CHOOSE, buffers.largest + scratch.thread * buffers.largest_bytes
-        else:
-            matrix = get_long(weights.matrices, product)
         if number == 1:
             _rotate_and_store(counts, phase, shape, layer, batch, weights, get_long(pool.layers, layer), buffers)
             phase = wait_for_all(counts, threads, phase)

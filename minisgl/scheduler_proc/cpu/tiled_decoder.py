@@ -8,16 +8,17 @@ import numpy as np
 import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
-from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, shapes_of_rows
+from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, RING, shapes_of_rows
 from minisgl.scheduler_proc.cpu.attention import SEGMENT
 from minisgl.scheduler_proc.cpu.instructions import NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
+from minisgl.scheduler_proc.cpu.narrow import narrow
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
 from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, MOST_ROWS, ROWS, SMALLEST_BYTES, make_screen
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, BYTES_DEPTH, DEPTH, PAIR, aligned_zeros, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BYTES_DEPTH, DEPTH, PAIR, TILE_BYTES, aligned_zeros, pack
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
@@ -94,8 +95,10 @@ class TiledDecoder:
         self._threads_for = threads_for
         self._counts = counters(config.num_layers * PHASES_PER_LAYER + OTHER_PHASES)
         self._counts_address = self._keeper.address(self._counts)
+        most_inputs = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
         self._scratch = [
-            make_scratch(thread, NAMES[instructions], config.head_dim, self._keeper) for thread in range(threads)
+            make_scratch(thread, NAMES[instructions], config.head_dim, most_inputs, self._keeper)
+            for thread in range(threads)
         ]
         self._rows = self._sampled_rows = 0
 
@@ -130,14 +133,13 @@ class TiledDecoder:
 
     def _pack(self, decoder: Decoder, progress: Callable[[int, int], None]) -> Weights:
         config, weights = decoder.config, decoder.weights
-        packed: list[list[int]] = []
-        for layer in weights.layers:
-            progress(len(packed), config.num_layers)
-            packed.append([])
+        matrices: list[list[int]] = []
+        for number, layer in enumerate(weights.layers):
+            progress(number, config.num_layers)
             for name in ("qkv", "output", "gate_up", "down"):
-                packed[-1].append(self._pack_matrix(getattr(layer, name), halves=2 if name == "gate_up" else 1))
+                matrices.append(self._pack_matrix(getattr(layer, name), halves=2 if name == "gate_up" else 1))
                 setattr(layer, name, getattr(layer, name).new_empty(0))
-        head = self._pack_matrix(weights.head)
+        matrices.append(self._pack_matrix(weights.head))
         self.weight_bytes += weights.embedding.nbytes
         if not config.tied_embeddings:
             weights.head = weights.head.new_empty(0)
@@ -146,8 +148,7 @@ class TiledDecoder:
         windows = [window or np.iinfo(np.int32).max for window in config.windows]
         return Weights(
             embedding=self._keeper.address(weights.embedding),
-            matrices=self._keeper.address(np.array(packed, np.int64)),
-            head=head,
+            matrices=self._keeper.address(np.array(matrices, np.int64)),
             norms=self._floats([norm for layer in layers for norm in (layer.input_norm, layer.post_attention_norm)]),
             last_norm=self._floats([weights.norm]),
             qkv_bias=self._floats([layer.qkv_bias for layer in layers], qkv),
@@ -159,10 +160,15 @@ class TiledDecoder:
             frequencies=self._floats([decoder.rope.inverse_frequencies]),
         )
 
-    def _pack_matrix(self, matrix: torch.Tensor, halves: int = 1) -> int:
+    def _pack_matrix(self, matrix: torch.Tensor, halves: int = 1) -> list[int]:
+        """A matrix's entry in Weights.matrices."""
         packed = pack(matrix, halves)
-        self.weight_bytes += packed.nbytes
-        return self._keeper.address(packed)
+        narrowed = narrow(packed)
+        if narrowed is None:
+            self.weight_bytes += packed.nbytes
+            return [self._keeper.address(packed), 0, 0]
+        self.weight_bytes += narrowed.nbytes
+        return [self._keeper.address(part) for part in narrowed]
 
     def _floats(self, tensors: Sequence[torch.Tensor | None], zeros: int = 0) -> int:
         """The address of the tensors as float32, one after the other; of so many zeros where one is None."""
@@ -243,8 +249,12 @@ def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def make_scratch(thread: int, instructions: int, head_dim: int, keeper: Keeper) -> Scratch:
-    """Memory for one thread, held by `keeper`; for `instructions` see instructions.py."""
+def make_scratch(thread: int, instructions: int, head_dim: int, most_inputs: int, keeper: Keeper) -> Scratch:
+    """Memory for one thread, held by `keeper`; for `instructions` see instructions.py.
+
+    Args:
+        most_inputs: of any matrix.
+    """
 
     def room(size: int, dtype: type[np.generic]) -> int:
         return keeper.address(aligned_zeros(size, dtype))
@@ -254,6 +264,7 @@ def make_scratch(thread: int, instructions: int, head_dim: int, keeper: Keeper) 
         instructions=instructions,
         # Attention's sums, [64, 16] at most, take as much.
         sums=room(PAIR * PAIR, np.float32),
+        wide=room(max(most_inputs // DEPTH, RING) * 2 * TILE_BYTES, np.uint8),
         shapes=keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
         attention_shapes=keeper.address(ATTENTION_SHAPES),
         query_tile=room(head_dim // 2 * BLOCK, np.uint32),

@@ -33,11 +33,13 @@ def pack(weight: torch.Tensor, halves: int = 1) -> torch.Tensor:
     Lines of both blocks take turns, so that memory is read as it lies: only then do CPUs read ahead by themselves.
 
     Args:
-        weight: `out` is filled up to a multiple of 32 with zeros; `in` must be a multiple of 32.
+        weight: `out` is filled up to a multiple of 32 with what nobody reads; `in` must be a multiple of 32.
         halves: 1 if a pair has 32 neighbours; 2 if it has 16 outputs of the weight's first half and the same 16 of its
             second half, both multiples of 16.
     """
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % PAIR))
+    if missing := -len(weight) % PAIR:
+        # Copies of the last row: unlike zeros they can be made narrow.
+        weight = torch.cat((weight, weight[-1:].expand(missing, -1)))
     outputs, inputs = weight.shape
     blocks = weight.view(halves, outputs // PAIR, 2 // halves, BLOCK, inputs // DEPTH, BLOCK, 2)
     pairs = blocks.permute(1, 4, 5, 0, 2, 3, 6)

@@ -1,0 +1,227 @@
+"""bfloat16 weights in twelve bits each, without any loss: fewer bytes to read for every step.
+
+Sign and mantissa of a bfloat16 take eight bits. The exponents of a matrix's weights are mostly among sixteen
+neighbours, so four bits say which one; the few weights outside are kept apart, as patches. (Zhang et al. 2025, arXiv
+2504.11651, do the same with codes of different lengths; these have one length, so that vectors can widen them.)
+
+A pair of blocks (see tiles.pack) goes depth by depth. Of its 32 lines four make a group of 192 bytes: sign and mantissa
+of the first two lines, then of the other two, then the exponents, the first two lines' in the lower four bits of each
+byte. The bytes of two lines lie as the instruction that interleaves bytes within 128 bits wants them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+
+from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
+from minisgl.scheduler_proc.cpu.intrinsics import (
+    BYTE,
+    INT,
+    LONG,
+    POINTER,
+    Intrinsic,
+    call,
+    call_prefetch,
+    intrinsic,
+)
+from minisgl.scheduler_proc.cpu.memory import get_byte, get_long, get_short, set_byte, set_int, set_long, set_short
+from minisgl.scheduler_proc.cpu.tiles import DEPTH, LINE, PAIR, TILE_BYTES, aligned_zeros
+
+GROUP_BYTES = 3 * LINE
+GROUPS = 8
+"""Of a depth."""
+NARROW_BYTES = GROUPS * GROUP_BYTES
+"""Of a pair's depth, which is 2 * TILE_BYTES otherwise."""
+AHEAD = 8192
+"""Bytes that are asked for ahead of what is widened, into the second-level cache."""
+MOST_PATCHES = 1 / 256
+"""Of a matrix's weights. With more it stays as it is: a patch takes as long as a line."""
+
+_EXPONENTS = 16
+_NO_MORE = np.int64(2**62)
+"""A patch beyond the end of any pair."""
+
+_BYTES = ir.VectorType(BYTE, 64)
+_SHORTS = ir.VectorType(ir.IntType(16), 32)
+
+
+class Narrow(NamedTuple):
+    """A packed matrix in twelve bits.
+
+    Attributes:
+        data: uint8 [pairs, depths, NARROW_BYTES].
+        pairs: int64 [pairs], of each the number of its first patch * 256, plus its lowest exponent.
+        patches: int64, in the order of their places: place in the pair * 65536, plus the bfloat16's bits. Each pair's
+            end with one that is beyond all places.
+    """
+
+    data: np.ndarray
+    pairs: np.ndarray
+    patches: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.pairs.nbytes + self.patches.nbytes
+
+
+def narrow(packed: torch.Tensor) -> Narrow | None:
+    """A packed bfloat16 matrix in twelve bits; None if too many of its weights need patches.
+
+    Args:
+        packed: by tiles.pack.
+    """
+    pairs, depths = packed.shape[0], packed[0].nbytes // (2 * TILE_BYTES)
+    facts, counts = np.zeros(pairs, np.int64), np.zeros(pairs, np.int32)
+    _survey(packed.data_ptr(), pairs, depths, facts.ctypes.data, counts.ctypes.data)
+    if counts.sum() > packed.numel() * MOST_PATCHES:
+        return None
+    firsts = np.cumsum(counts + 1, dtype=np.int64)
+    facts += (firsts - counts - 1) * 256
+    data = aligned_zeros(pairs * depths * NARROW_BYTES, np.uint8)
+    patches = np.empty(firsts[-1], np.int64)
+    _narrow_pairs(packed.data_ptr(), pairs, depths, facts.ctypes.data, data.ctypes.data, patches.ctypes.data)
+    return Narrow(data, facts, patches)
+
+
+@inlined
+def _exponent(bits):
+    """Of a bfloat16, with its bias."""
+    return np.uint8(np.uint16(bits >> np.uint16(7)) & np.uint16(0xFF))
+
+
+@compiled
+def _survey(packed, pairs, depths, facts, counts):
+    """Of each pair the lowest of the sixteen exponents that most of its weights have, and how many have others."""
+    seen = np.zeros(256, np.int64)
+    size = depths * DEPTH * PAIR
+    for pair in range(pairs):
+        seen[:] = 0
+        place = packed + pair * size * 2
+        for index in range(size):
+            seen[_exponent(get_short(place, index))] += 1
+        inside = seen[:_EXPONENTS].sum()
+        most, lowest = inside, 0
+        for first in range(1, 256 - _EXPONENTS + 1):
+            inside += seen[first + _EXPONENTS - 1] - seen[first - 1]
+            if inside > most:
+                most, lowest = inside, first
+        set_long(facts, pair, lowest)
+        set_int(counts, pair, np.int32(size - most))
+
+
+@compiled
+def _narrow_pairs(packed, pairs, depths, facts, data, patches):
+    for pair in range(pairs):
+        lowest = np.uint8(get_long(facts, pair) & 0xFF)
+        patch = get_long(facts, pair) >> 8
+        source, target = packed + pair * depths * 2 * TILE_BYTES, data + pair * depths * NARROW_BYTES
+        for group in range(depths * GROUPS):
+            lines = source + group * 4 * LINE
+            _narrow_group(lines, lowest, target + group * GROUP_BYTES)
+            if _count_outside(lines, lowest):
+                for word in range(4 * LINE // 2):
+                    bits = get_short(lines, word)
+                    if _is_outside(bits, lowest):
+                        set_long(patches, patch, (group * 4 * LINE // 2 + word) * 65536 + np.int64(bits))
+                        patch += 1
+        set_long(patches, patch, _NO_MORE)
+
+
+@inlined
+def _is_outside(bits, lowest):
+    return np.uint8(_exponent(bits) - lowest) >= np.uint8(_EXPONENTS)
+
+
+@compiled
+def _count_outside(lines, lowest):
+    count = np.uint16(0)
+    for word in range(4 * LINE // 2):
+        count += np.uint16(1) if _is_outside(get_short(lines, word), lowest) else np.uint16(0)
+    return count
+
+
+@compiled
+def _narrow_group(lines, lowest, target):
+    """Write a group's 192 bytes. What has another exponent gets a wrong one here."""
+    for couple in range(2):
+        for part in range(8):
+            # Eight weights of the first line, eight of the second, and so on.
+            source = lines + (2 * couple + part % 2) * LINE + part // 2 * 16
+            for word in range(8):
+                bits = get_short(source, word)
+                mantissa = np.uint8(np.uint16(bits << np.uint16(1)) & np.uint16(0xFF))
+                set_byte(target + couple * LINE, part * 8 + word, mantissa | np.uint8(bits >> np.uint16(15)))
+                number = np.uint8(_exponent(bits) - lowest) & np.uint8(_EXPONENTS - 1)
+                if couple == 0:
+                    set_byte(target + 2 * LINE, part * 8 + word, number)
+                else:
+                    both = get_byte(target + 2 * LINE, part * 8 + word) | np.uint8(number << np.uint8(4))
+                    set_byte(target + 2 * LINE, part * 8 + word, both)
+
+
+def _interleaved(first: int) -> ir.Constant:
+    """Bytes of two vectors in turn, eight of each 128 bits from the `first` on."""
+    places = [lane * 16 + first + byte + vector for lane in range(4) for byte in range(8) for vector in (0, 64)]
+    return ir.Constant(ir.VectorType(INT, 64), places)
+
+
+def _widener(asks: bool) -> Intrinsic:
+    """(narrow depth, lowest exponent, target) -> None: its 2 KB, without patches. May ask for what comes AHEAD."""
+
+    @intrinsic
+    def widen(context: Any, source: Any, lowest: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, lowest, target = arguments
+            source, target = builder.inttoptr(source, POINTER), builder.inttoptr(target, POINTER)
+
+            def at(place: Any, offset: int, kind: Any) -> Any:
+                return builder.bitcast(builder.gep(place, [ir.Constant(LONG, offset)]), kind.as_pointer())
+
+            def constant(value: int) -> Any:
+                return ir.Constant(_SHORTS, [value] * 32)
+
+            nothing = ir.Constant(_BYTES, ir.Undefined)
+            lowests = builder.insert_element(nothing, builder.trunc(lowest, BYTE), ir.Constant(INT, 0))
+            lowests = builder.shuffle_vector(lowests, nothing, ir.Constant(ir.VectorType(INT, 64), [0] * 64))
+            for group in range(GROUPS):
+                here = group * GROUP_BYTES
+                for line in range(3 if asks else 0):
+                    call_prefetch(builder, at(source, AHEAD + here + line * LINE, BYTE), 2)
+                both = builder.load(at(source, here + 2 * LINE, _SHORTS), align=LINE)
+                numbers = (
+                    builder.and_(both, constant(0x0F0F)),
+                    builder.and_(builder.lshr(both, constant(4)), constant(0x0F0F)),
+                )
+                for couple, number in enumerate(numbers):
+                    mantissas = builder.load(at(source, here + couple * LINE, _BYTES), align=LINE)
+                    exponents = builder.add(builder.bitcast(number, _BYTES), lowests)
+                    for line in range(2):
+                        # Exponent, mantissa, sign: turned by one bit it is a bfloat16.
+                        turned = builder.shuffle_vector(mantissas, exponents, _interleaved(8 * line))
+                        turned = builder.bitcast(turned, _SHORTS)
+                        bits = call(builder, "llvm.fshr.v32i16", _SHORTS, [turned, turned, constant(1)])
+                        builder.store(bits, at(target, (group * 4 + couple * 2 + line) * LINE, _SHORTS), align=LINE)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return widen
+
+
+widen, widen_and_ask = _widener(asks=False), _widener(asks=True)
+
+
+@inlined
+def put_patches(patch, depth, target):
+    """Put the patches of a pair's depth into its 2 KB, from the one at address `patch` on; returns the next one's."""
+    found = get_long(patch, 0)
+    while found >> 16 < (depth + 1) * DEPTH * PAIR:
+        set_short(target, (found >> 16) - depth * DEPTH * PAIR, np.uint16(found & 0xFFFF))
+        patch += 8
+        found = get_long(patch, 0)
+    return patch
