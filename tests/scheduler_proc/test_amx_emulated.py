@@ -111,7 +111,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
         monkeypatch.setattr(amx, name, lambda address: None)
     for name in ("zero", "load", "multiply", "store"):
         monkeypatch.setattr(amx, f"_{name}", uncompiled(getattr(amx, f"_{name}")))
-    monkeypatch.setattr(amx, "widen_and_ask", compiled_widen)
+    monkeypatch.setattr(amx, "widen", compiled_widen)
     monkeypatch.setattr(amx, "put_patches", compiled_put_patches)
     monkeypatch.setattr(amx, "get_long", lambda address, index: ctypes.c_int64.from_address(address + 8 * index).value)
     return tiles

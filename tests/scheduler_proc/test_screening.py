@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cpu_products import in_tiles, matrix_of
+from test_cpu_products import INSTRUCTIONS, in_tiles, matrix_of
 from tiny_models import cpu_instructions
 
 pytest.importorskip("numba", reason="steps are compiled by numba, which is installed on x86 Linux")
@@ -122,8 +122,7 @@ def test_logits_lie_between_their_bounds(head_kind: str, rows_kind: str, instruc
         assert (exact.gather(1, tokens[:, None])[:, 0] >= exact.amax(dim=1) - 1e-5 * size).all()
 
 
-@pytest.mark.parametrize("instructions", cpu_instructions())
-@pytest.mark.parametrize("narrowed", [False, True])
+@pytest.mark.parametrize(("instructions", "narrowed"), INSTRUCTIONS)
 def test_most_columns_are_ruled_out(narrowed: bool, instructions: str) -> None:
     torch.manual_seed(1)
     rows, head = make("plain", 4, 896), make("plain", 6400, 896)

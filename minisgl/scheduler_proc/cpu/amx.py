@@ -27,7 +27,7 @@ from minisgl.scheduler_proc.cpu.intrinsics import (
     prefetch_far,
 )
 from minisgl.scheduler_proc.cpu.memory import get_long
-from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES, put_patches, widen_and_ask
+from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES, put_patches, widen
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
 from minisgl.scheduler_proc.device import cpu_flags
 
@@ -208,7 +208,7 @@ def multiply_narrow(pair, lowest, patch, keep, depths, rows, count, sums, wide):
     for ready in range(depths + LEAD):
         if ready < depths:
             target = wide + (ready & ring) * 2 * TILE_BYTES
-            widen_and_ask(pair + ready * NARROW_BYTES, lowest, target)
+            widen(pair + ready * NARROW_BYTES, lowest, target)
             patch = put_patches(patch, ready, target)
         depth = ready - LEAD
         if depth >= 0:

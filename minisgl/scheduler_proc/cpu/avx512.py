@@ -15,10 +15,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
+from minisgl.scheduler_proc.cpu.compiler import compiled
 from minisgl.scheduler_proc.cpu.intrinsics import INT, LONG, POINTER, Intrinsic, call, call_prefetch, intrinsic
 from minisgl.scheduler_proc.cpu.memory import get_long, set_int
-from minisgl.scheduler_proc.cpu.narrow import NARROW_BYTES, put_patches, widen
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, LINE, PAIR, TILE_BYTES
 from minisgl.scheduler_proc.device import cpu_flags
 
@@ -26,8 +25,6 @@ ROWS = 8
 """Rows whose sums are in registers together: 16 of the 32, where 6 would hide how long an instruction takes."""
 CHUNK = 28
 """Depths that all rows are multiplied with before the next: 56 KB of a pair."""
-NARROW_CHUNK = 4
-"""The same of a narrow pair where one pass takes all rows."""
 WORDS = TILE_BYTES // LINE
 
 FLOATS = ir.VectorType(ir.FloatType(), 16)
@@ -214,10 +211,12 @@ def multiply(of_bytes, pair, next_pair, depths, rows, count, sums):
     """
     for index in range(count * PAIR):
         set_int(sums, index, np.int32(0))
-    size = _rows_at_once(count)
+    size = ROWS if count > BLOCK else (count + 1) // 2
     if of_bytes:
         # Rows of bytes come in twos.
         size += size & 1
+    if count <= ROWS:
+        size = count
     groups = (count + size - 1) // size
     chunk, advance = (CHUNK, 2 * LINE // groups) if groups > 1 else (depths, 0)
     for begin in range(0, depths, chunk):
@@ -232,36 +231,6 @@ def multiply(of_bytes, pair, next_pair, depths, rows, count, sums):
                 _multiply_some_bytes(some, place, lines, asked, advance, here, sums + row * PAIR * 4)
             else:
                 _multiply_some(some, place, lines, asked, advance, here, sums + row * PAIR * 4)
-
-
-@inlined
-def _rows_at_once(count):
-    """What `multiply` and `multiply_narrow` divide so many rows into."""
-    if count <= ROWS:
-        return count
-    return ROWS if count > BLOCK else (count + 1) // 2
-
-
-@compiled
-def multiply_narrow(pair, lowest, patch, keep, depths, rows, count, sums, wide):
-    """Products of up to 32 rows with a narrow pair of blocks; see instructions.py.
-
-    Some depths at a time are widened, as many as stay in the first-level cache with what one pass multiplies them with.
-    """
-    for index in range(count * PAIR):
-        set_int(sums, index, np.int32(0))
-    size = _rows_at_once(count)
-    chunk = NARROW_CHUNK if size == count else CHUNK
-    for begin in range(0, depths, chunk):
-        here = min(chunk, depths - begin)
-        lines = wide + begin * 2 * TILE_BYTES if keep else wide
-        for depth in range(here):
-            target = lines + depth * 2 * TILE_BYTES
-            widen(pair + (begin + depth) * NARROW_BYTES, lowest, target)
-            patch = put_patches(patch, begin + depth, target)
-        for row in range(0, count, size):
-            place = rows + (row // BLOCK * depths + begin) * TILE_BYTES + row % BLOCK * LINE
-            _multiply_some(min(size, count - row), place, lines, sums, 0, here, sums + row * PAIR * 4)
 
 
 @compiled

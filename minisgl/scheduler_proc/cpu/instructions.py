@@ -12,6 +12,8 @@ from minisgl.scheduler_proc.cpu.compiler import inlined
 AMX, AVX512_BF16 = 0, 1
 NAMES = {"amx": AMX, "avx512_bf16": AVX512_BF16}
 """By the values of --attention-backend, the faster one first."""
+HAVE_NARROW = (AMX,)
+"""Those for which weights are made narrow: beside products of vectors, widening them takes longer than it saves."""
 
 
 def available() -> list[str]:
@@ -47,7 +49,7 @@ def multiply(scratch, of_bytes, pair, next_pair, next_bytes, part, parts, depths
 
 @inlined
 def multiply_narrow(scratch, pair, fact, patches, keep, depths, rows, count):
-    """`multiply` with a pair in twelve bits, see narrow.py.
+    """`multiply` with a pair in twelve bits, see narrow.py; by instructions that have it.
 
     Args:
         pair: the address of its data.
@@ -56,10 +58,7 @@ def multiply_narrow(scratch, pair, fact, patches, keep, depths, rows, count):
         keep: whether the whole pair is left at scratch.wide, packed as if it had never been narrow.
     """
     lowest, patch = fact & 0xFF, patches + 8 * (fact >> 8)
-    if scratch.instructions == AMX:
-        amx.multiply_narrow(pair, lowest, patch, keep, depths, rows, count, scratch.sums, scratch.wide)
-    else:
-        avx512.multiply_narrow(pair, lowest, patch, keep, depths, rows, count, scratch.sums, scratch.wide)
+    amx.multiply_narrow(pair, lowest, patch, keep, depths, rows, count, scratch.sums, scratch.wide)
 
 
 @inlined

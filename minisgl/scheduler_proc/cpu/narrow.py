@@ -24,7 +24,6 @@ from minisgl.scheduler_proc.cpu.intrinsics import (
     INT,
     LONG,
     POINTER,
-    Intrinsic,
     call,
     call_prefetch,
     intrinsic,
@@ -170,50 +169,44 @@ def _interleaved(first: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(INT, 64), places)
 
 
-def _widener(asks: bool) -> Intrinsic:
-    """(narrow depth, lowest exponent, target) -> None: its 2 KB, without patches. May ask for what comes AHEAD."""
+@intrinsic
+def widen(context: Any, source: Any, lowest: Any, target: Any) -> Any:
+    """(narrow depth, lowest exponent, target) -> None: its 2 KB, without patches. Asks for what comes AHEAD."""
 
-    @intrinsic
-    def widen(context: Any, source: Any, lowest: Any, target: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, lowest, target = arguments
-            source, target = builder.inttoptr(source, POINTER), builder.inttoptr(target, POINTER)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, lowest, target = arguments
+        source, target = builder.inttoptr(source, POINTER), builder.inttoptr(target, POINTER)
 
-            def at(place: Any, offset: int, kind: Any) -> Any:
-                return builder.bitcast(builder.gep(place, [ir.Constant(LONG, offset)]), kind.as_pointer())
+        def at(place: Any, offset: int, kind: Any) -> Any:
+            return builder.bitcast(builder.gep(place, [ir.Constant(LONG, offset)]), kind.as_pointer())
 
-            def constant(value: int) -> Any:
-                return ir.Constant(_SHORTS, [value] * 32)
+        def constant(value: int) -> Any:
+            return ir.Constant(_SHORTS, [value] * 32)
 
-            nothing = ir.Constant(_BYTES, ir.Undefined)
-            lowests = builder.insert_element(nothing, builder.trunc(lowest, BYTE), ir.Constant(INT, 0))
-            lowests = builder.shuffle_vector(lowests, nothing, ir.Constant(ir.VectorType(INT, 64), [0] * 64))
-            for group in range(GROUPS):
-                here = group * GROUP_BYTES
-                for line in range(3 if asks else 0):
-                    call_prefetch(builder, at(source, AHEAD + here + line * LINE, BYTE), 2)
-                both = builder.load(at(source, here + 2 * LINE, _SHORTS), align=LINE)
-                numbers = (
-                    builder.and_(both, constant(0x0F0F)),
-                    builder.and_(builder.lshr(both, constant(4)), constant(0x0F0F)),
-                )
-                for couple, number in enumerate(numbers):
-                    mantissas = builder.load(at(source, here + couple * LINE, _BYTES), align=LINE)
-                    exponents = builder.add(builder.bitcast(number, _BYTES), lowests)
-                    for line in range(2):
-                        # Exponent, mantissa, sign: turned by one bit it is a bfloat16.
-                        turned = builder.shuffle_vector(mantissas, exponents, _interleaved(8 * line))
-                        turned = builder.bitcast(turned, _SHORTS)
-                        bits = call(builder, "llvm.fshr.v32i16", _SHORTS, [turned, turned, constant(1)])
-                        builder.store(bits, at(target, (group * 4 + couple * 2 + line) * LINE, _SHORTS), align=LINE)
-            return context.get_dummy_value()
+        nothing = ir.Constant(_BYTES, ir.Undefined)
+        lowests = builder.insert_element(nothing, builder.trunc(lowest, BYTE), ir.Constant(INT, 0))
+        lowests = builder.shuffle_vector(lowests, nothing, ir.Constant(ir.VectorType(INT, 64), [0] * 64))
+        for group in range(GROUPS):
+            here = group * GROUP_BYTES
+            for line in range(3):
+                call_prefetch(builder, at(source, AHEAD + here + line * LINE, BYTE), 2)
+            both = builder.load(at(source, here + 2 * LINE, _SHORTS), align=LINE)
+            numbers = (
+                builder.and_(both, constant(0x0F0F)),
+                builder.and_(builder.lshr(both, constant(4)), constant(0x0F0F)),
+            )
+            for couple, number in enumerate(numbers):
+                mantissas = builder.load(at(source, here + couple * LINE, _BYTES), align=LINE)
+                exponents = builder.add(builder.bitcast(number, _BYTES), lowests)
+                for line in range(2):
+                    # Exponent, mantissa, sign: turned by one bit it is a bfloat16.
+                    turned = builder.shuffle_vector(mantissas, exponents, _interleaved(8 * line))
+                    turned = builder.bitcast(turned, _SHORTS)
+                    bits = call(builder, "llvm.fshr.v32i16", _SHORTS, [turned, turned, constant(1)])
+                    builder.store(bits, at(target, (group * 4 + couple * 2 + line) * LINE, _SHORTS), align=LINE)
+        return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64), generate
-
-    return widen
-
-
-widen, widen_and_ask = _widener(asks=False), _widener(asks=True)
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @inlined

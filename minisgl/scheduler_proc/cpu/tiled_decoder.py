@@ -10,7 +10,7 @@ import torch
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, RING, shapes_of_rows
 from minisgl.scheduler_proc.cpu.attention import SEGMENT
-from minisgl.scheduler_proc.cpu.instructions import NAMES
+from minisgl.scheduler_proc.cpu.instructions import HAVE_NARROW, NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.narrow import narrow
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
@@ -72,6 +72,7 @@ class TiledDecoder:
         self.screens = head.nbytes >= smallest_screened and config.hidden_size <= LARGEST_HIDDEN
         self.unscreened_steps = 0
         self._most_screened_rows = ROWS[NAMES[instructions]]
+        self._narrows = NAMES[instructions] in HAVE_NARROW
         self._screen = Screen(0, 0, 0, 0, 0)
         if self.screens:
             self._screen, taken = make_screen(head, self._keeper)
@@ -163,7 +164,7 @@ class TiledDecoder:
     def _pack_matrix(self, matrix: torch.Tensor, halves: int = 1) -> list[int]:
         """A matrix's entry in Weights.matrices."""
         packed = pack(matrix, halves)
-        narrowed = narrow(packed)
+        narrowed = narrow(packed) if self._narrows else None
         if narrowed is None:
             self.weight_bytes += packed.nbytes
             return [self._keeper.address(packed), 0, 0]
