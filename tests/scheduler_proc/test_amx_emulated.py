@@ -16,6 +16,7 @@ from numba import njit
 
 from minisgl.scheduler_proc.cpu import amx
 from minisgl.scheduler_proc.cpu.narrow import narrow, put_patches, widen
+from minisgl.scheduler_proc.cpu.team import Team
 from minisgl.scheduler_proc.cpu.tiles import (
     BLOCK,
     BLOCKS_AT_ONCE,
@@ -149,7 +150,7 @@ def test_products_of_rows_with_a_narrow_pair(keep: bool, count: int, tiles: Tile
     rows[:, -1] = 0.0
     in_tiles = rows.view(-1, BLOCK, depths, DEPTH).transpose(1, 2).contiguous()
     packed = pack(weight)
-    narrowed = narrow(packed)
+    narrowed = narrow(weight, 1, Team(1))
     assert narrowed is not None
     fact = int(narrowed.pairs[0])
     wide = aligned_zeros((depths if keep else amx.RING) * 2 * TILE_BYTES, np.uint8)

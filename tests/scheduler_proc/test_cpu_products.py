@@ -17,7 +17,7 @@ from minisgl.scheduler_proc.cpu import products
 from minisgl.scheduler_proc.cpu.instructions import HAVE_NARROW, NAMES
 from minisgl.scheduler_proc.cpu.memory import Keeper
 from minisgl.scheduler_proc.cpu.narrow import narrow
-from minisgl.scheduler_proc.cpu.team import counters
+from minisgl.scheduler_proc.cpu.team import Team, counters
 from minisgl.scheduler_proc.cpu.tiled_decoder import make_scratch
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, PAIR, pack
 
@@ -33,11 +33,11 @@ def multiply(counts: Any, kind: Any, depths: Any, rows: Any, places: Any, column
     products.multiply_rows(counts, 0, 1, kind, source, depths, rows, matrix, columns, bias, target, scratch)
 
 
-def matrix_of(packed: torch.Tensor, narrowed: bool, keeper: Keeper) -> np.ndarray:
+def matrix_of(weight: torch.Tensor, narrowed: bool, keeper: Keeper, halves: int = 1) -> np.ndarray:
     """An entry of Weights.matrices."""
     if not narrowed:
-        return np.array([keeper.address(packed), 0, 0], np.int64)
-    found = narrow(packed)
+        return np.array([keeper.address(pack(weight, halves)), 0, 0], np.int64)
+    found = narrow(weight, halves, Team(1))
     assert found is not None
     return np.array([keeper.address(part) for part in found], np.int64)
 
@@ -66,7 +66,7 @@ def run(
     keeper = Keeper()
     counts = counters(1)
     halves = 2 if kind == products.ACTIVATE else 1
-    matrix = matrix_of(pack(weight, halves), narrowed, keeper)
+    matrix = matrix_of(weight, narrowed, keeper, halves)
     places = tuple(keeper.address(value) for value in (in_tiles(rows), matrix, bias, target))
     scratch = make_scratch(0, NAMES[instructions], 64, rows.shape[1], keeper)
     columns = len(weight) // halves

@@ -14,6 +14,7 @@ from numba import njit
 
 from minisgl.scheduler_proc.cpu.memory import get_long
 from minisgl.scheduler_proc.cpu.narrow import MOST_PATCHES, NARROW_BYTES, Narrow, narrow, put_patches, widen
+from minisgl.scheduler_proc.cpu.team import Team
 from minisgl.scheduler_proc.cpu.tiles import DEPTH, PAIR, TILE_BYTES, aligned_zeros, pack
 
 
@@ -35,19 +36,27 @@ def widened(narrowed: Narrow, packed: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(target).view(torch.int16).view(packed.shape)
 
 
-def check(weight: torch.Tensor, halves: int = 1) -> Narrow:
+def check(weight: torch.Tensor, halves: int = 1, threads: int = 2) -> Narrow:
+    """Make a weight narrow, and compare every bit with that of the packed weight."""
     packed = pack(weight, halves)
-    narrowed = narrow(packed)
+    narrowed = narrow(weight, halves, Team(threads))
     assert narrowed is not None
     assert torch.equal(widened(narrowed, packed), packed.view(torch.int16))
     return narrowed
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (96, 64), (320, 896), (64, 4864)])
-def test_every_bit_comes_back(outputs: int, inputs: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (96, 64), (70, 480), (320, 896), (64, 4864)])
+def test_every_bit_comes_back(outputs: int, inputs: int, threads: int) -> None:
     weight = torch.randn(outputs, inputs).bfloat16() * 0.02
-    narrowed = check(weight, halves=2 if outputs % 64 == 0 else 1)
-    assert 0.75 * weight.nbytes <= narrowed.nbytes < 0.76 * weight.nbytes + 1000
+    narrowed = check(weight, 2 if outputs % 32 == 0 else 1, threads)
+    packed = pack(weight)
+    assert 0.75 * packed.nbytes <= narrowed.nbytes < 0.76 * packed.nbytes + 1000
+
+
+def test_a_weight_may_be_a_view() -> None:
+    check(torch.randn(64, 96).bfloat16().T)
+    check(torch.randn(64, 96).bfloat16()[:, 32:])
 
 
 def test_every_bfloat16_there_is_comes_back() -> None:
@@ -70,13 +79,10 @@ def test_sixteen_neighbouring_exponents_need_no_patch(lowest: int) -> None:
 
 def test_patches_at_the_edges_of_depths_and_pairs() -> None:
     weight = torch.full((96, 32 * 40), 1.5).bfloat16()
-    packed = pack(weight)
-    places = [0, 1023, 1024, 1025, 32 * 32 * 40 - 1, 32 * 32 * 40, 2 * 32 * 32 * 40 - 1, 3 * 32 * 32 * 40 - 1]
-    packed.view(torch.int16).flatten()[places] = torch.arange(len(places), dtype=torch.int16)
-    narrowed = narrow(packed)
-    assert narrowed is not None
-    assert torch.equal(widened(narrowed, packed), packed.view(torch.int16))
-    assert len(narrowed.patches) == len(places) + 3
+    # The corners of the first and the last depth of each pair, and of depths next to each other.
+    rows, columns = [0, 0, 0, 31, 31, 32, 63, 64, 95, 95], [0, 31, 32, 63, 1279, 0, 1279, 0, 1278, 1279]
+    weight.view(torch.int16)[rows, columns] = torch.arange(len(rows), dtype=torch.int16)
+    assert len(check(weight).patches) == len(rows) + 3
 
 
 @pytest.mark.parametrize("share", [0.5, 2])
@@ -84,4 +90,4 @@ def test_a_matrix_with_many_other_exponents_stays_as_it_is(share: float) -> None
     weight = torch.full((64, 1024), 1.0).bfloat16()
     zeros = torch.randperm(weight.numel())[: int(share * MOST_PATCHES * weight.numel())]
     weight.flatten()[zeros] = 0.0
-    assert (narrow(pack(weight)) is None) == (share > 1)
+    assert (narrow(weight, 1, Team(1)) is None) == (share > 1)

@@ -20,7 +20,7 @@ from minisgl.scheduler_proc.cpu.memory import Batch, Buffers, Keeper, Shape
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES, choose_tokens
 from minisgl.scheduler_proc.cpu.team import counters
 from minisgl.scheduler_proc.cpu.tiled_decoder import make_scratch
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, PAIR, aligned_zeros, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, PAIR, aligned_zeros
 
 
 def only(kind: Any, **fields: int) -> Any:
@@ -67,7 +67,7 @@ class Screened:
             only(Shape, hidden=hidden, vocab=len(head)),
             only(Batch, sampled_tokens=count),
             keeper.address(in_tiles(rows)),
-            keeper.address(matrix_of(pack(head), narrowed, keeper)),
+            keeper.address(matrix_of(head, narrowed, keeper)),
             screen,
             buffers,
             make_scratch(0, NAMES[instructions], 64, hidden, keeper),

@@ -28,8 +28,19 @@ from minisgl.scheduler_proc.cpu.intrinsics import (
     call_prefetch,
     intrinsic,
 )
-from minisgl.scheduler_proc.cpu.memory import get_byte, get_long, get_short, set_byte, set_int, set_long, set_short
-from minisgl.scheduler_proc.cpu.tiles import DEPTH, LINE, PAIR, TILE_BYTES, aligned_zeros
+from minisgl.scheduler_proc.cpu.memory import (
+    get_byte,
+    get_long,
+    get_short,
+    get_word,
+    set_byte,
+    set_int,
+    set_long,
+    set_short,
+    set_word,
+)
+from minisgl.scheduler_proc.cpu.team import Team
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, DEPTH, LINE, PAIR, TILE_BYTES, aligned_zeros
 
 GROUP_BYTES = 3 * LINE
 GROUPS = 8
@@ -68,22 +79,34 @@ class Narrow(NamedTuple):
         return self.data.nbytes + self.pairs.nbytes + self.patches.nbytes
 
 
-def narrow(packed: torch.Tensor) -> Narrow | None:
-    """A packed bfloat16 matrix in twelve bits; None if too many of its weights need patches.
+def narrow(weight: torch.Tensor, halves: int, team: Team) -> Narrow | None:
+    """A bfloat16 weight [out, in], packed as tiles.pack does it, in twelve bits.
 
-    Args:
-        packed: by tiles.pack.
+    None if too many of its weights need patches.
     """
-    pairs, depths = packed.shape[0], packed[0].nbytes // (2 * TILE_BYTES)
+    outputs, inputs = weight.shape
+    weight = weight.contiguous()
+    pairs, depths = -(-outputs // PAIR), inputs // DEPTH
     facts, counts = np.zeros(pairs, np.int64), np.zeros(pairs, np.int32)
-    _survey(packed.data_ptr(), pairs, depths, facts.ctypes.data, counts.ctypes.data)
-    if counts.sum() > packed.numel() * MOST_PATCHES:
+    shape = (weight.data_ptr(), outputs, inputs, halves)
+
+    def share(thread: int) -> tuple[int, int]:
+        return thread * pairs // team.threads, (thread + 1) * pairs // team.threads
+
+    team.run(lambda thread: _survey(*shape, *share(thread), facts.ctypes.data, counts.ctypes.data), team.threads)
+    if counts.sum() > weight.numel() * MOST_PATCHES:
         return None
-    firsts = np.cumsum(counts + 1, dtype=np.int64)
-    facts += (firsts - counts - 1) * 256
+    ends = np.cumsum(counts + 1, dtype=np.int64)
+    facts += (ends - counts - 1) * 256
     data = aligned_zeros(pairs * depths * NARROW_BYTES, np.uint8)
-    patches = np.empty(firsts[-1], np.int64)
-    _narrow_pairs(packed.data_ptr(), pairs, depths, facts.ctypes.data, data.ctypes.data, patches.ctypes.data)
+    patches = np.empty(ends[-1], np.int64)
+    places = facts.ctypes.data, data.ctypes.data, patches.ctypes.data
+
+    def narrow_share(thread: int) -> None:
+        depth = aligned_zeros(2 * TILE_BYTES, np.uint8)
+        _narrow_pairs(*shape, *share(thread), *places, depth.ctypes.data)
+
+    team.run(narrow_share, team.threads)
     return Narrow(data, facts, patches)
 
 
@@ -93,41 +116,57 @@ def _exponent(bits):
     return np.uint8(np.uint16(bits >> np.uint16(7)) & np.uint16(0xFF))
 
 
+@inlined
+def _row_of(pair, column, outputs, halves):
+    """Which row of the weight is a column of a pair; rows beyond the last are like the last."""
+    if halves == 2:
+        return pair * BLOCK + column % BLOCK + column // BLOCK * (outputs // 2)
+    return min(pair * PAIR + column, outputs - 1)
+
+
 @compiled
-def _survey(packed, pairs, depths, facts, counts):
+def _survey(weight, outputs, inputs, halves, first, last, facts, counts):
     """Of each pair the lowest of the sixteen exponents that most of its weights have, and how many have others."""
     seen = np.zeros(256, np.int64)
-    size = depths * DEPTH * PAIR
-    for pair in range(pairs):
+    for pair in range(first, last):
         seen[:] = 0
-        place = packed + pair * size * 2
-        for index in range(size):
-            seen[_exponent(get_short(place, index))] += 1
+        for column in range(PAIR):
+            row = weight + 2 * inputs * _row_of(pair, column, outputs, halves)
+            for index in range(inputs):
+                seen[_exponent(get_short(row, index))] += 1
         inside = seen[:_EXPONENTS].sum()
         most, lowest = inside, 0
-        for first in range(1, 256 - _EXPONENTS + 1):
-            inside += seen[first + _EXPONENTS - 1] - seen[first - 1]
+        for begin in range(1, 256 - _EXPONENTS + 1):
+            inside += seen[begin + _EXPONENTS - 1] - seen[begin - 1]
             if inside > most:
-                most, lowest = inside, first
+                most, lowest = inside, begin
         set_long(facts, pair, lowest)
-        set_int(counts, pair, np.int32(size - most))
+        set_int(counts, pair, np.int32(inputs * PAIR - most))
 
 
 @compiled
-def _narrow_pairs(packed, pairs, depths, facts, data, patches):
-    for pair in range(pairs):
+def _narrow_pairs(weight, outputs, inputs, halves, first, last, facts, data, patches, depth):
+    """Write the pairs from `first` to before `last`; `depth` is room for one depth in full width."""
+    depths = inputs // DEPTH
+    for pair in range(first, last):
         lowest = np.uint8(get_long(facts, pair) & 0xFF)
         patch = get_long(facts, pair) >> 8
-        source, target = packed + pair * depths * 2 * TILE_BYTES, data + pair * depths * NARROW_BYTES
-        for group in range(depths * GROUPS):
-            lines = source + group * 4 * LINE
-            _narrow_group(lines, lowest, target + group * GROUP_BYTES)
-            if _count_outside(lines, lowest):
-                for word in range(4 * LINE // 2):
-                    bits = get_short(lines, word)
-                    if _is_outside(bits, lowest):
-                        set_long(patches, patch, (group * 4 * LINE // 2 + word) * 65536 + np.int64(bits))
-                        patch += 1
+        for number in range(depths):
+            for column in range(PAIR):
+                row = weight + 2 * inputs * _row_of(pair, column, outputs, halves) + 2 * DEPTH * number
+                for two in range(DEPTH // 2):
+                    set_word(depth, (2 * two + column // BLOCK) * BLOCK + column % BLOCK, get_word(row, two))
+            target = data + (pair * depths + number) * NARROW_BYTES
+            for group in range(GROUPS):
+                lines = depth + group * 4 * LINE
+                _narrow_group(lines, lowest, target + group * GROUP_BYTES)
+                if _count_outside(lines, lowest):
+                    for index in range(4 * LINE // 2):
+                        bits = get_short(lines, index)
+                        if _is_outside(bits, lowest):
+                            place = (number * GROUPS + group) * 4 * LINE // 2 + index
+                            set_long(patches, patch, place * 65536 + np.int64(bits))
+                            patch += 1
         set_long(patches, patch, _NO_MORE)
 
 
@@ -139,8 +178,8 @@ def _is_outside(bits, lowest):
 @compiled
 def _count_outside(lines, lowest):
     count = np.uint16(0)
-    for word in range(4 * LINE // 2):
-        count += np.uint16(1) if _is_outside(get_short(lines, word), lowest) else np.uint16(0)
+    for index in range(4 * LINE // 2):
+        count += np.uint16(1) if _is_outside(get_short(lines, index), lowest) else np.uint16(0)
     return count
 
 
@@ -151,16 +190,16 @@ def _narrow_group(lines, lowest, target):
         for part in range(8):
             # Eight weights of the first line, eight of the second, and so on.
             source = lines + (2 * couple + part % 2) * LINE + part // 2 * 16
-            for word in range(8):
-                bits = get_short(source, word)
+            for index in range(8):
+                bits = get_short(source, index)
                 mantissa = np.uint8(np.uint16(bits << np.uint16(1)) & np.uint16(0xFF))
-                set_byte(target + couple * LINE, part * 8 + word, mantissa | np.uint8(bits >> np.uint16(15)))
+                set_byte(target + couple * LINE, part * 8 + index, mantissa | np.uint8(bits >> np.uint16(15)))
                 number = np.uint8(_exponent(bits) - lowest) & np.uint8(_EXPONENTS - 1)
                 if couple == 0:
-                    set_byte(target + 2 * LINE, part * 8 + word, number)
+                    set_byte(target + 2 * LINE, part * 8 + index, number)
                 else:
-                    both = get_byte(target + 2 * LINE, part * 8 + word) | np.uint8(number << np.uint8(4))
-                    set_byte(target + 2 * LINE, part * 8 + word, both)
+                    both = get_byte(target + 2 * LINE, part * 8 + index) | np.uint8(number << np.uint8(4))
+                    set_byte(target + 2 * LINE, part * 8 + index, both)
 
 
 def _interleaved(first: int) -> ir.Constant:

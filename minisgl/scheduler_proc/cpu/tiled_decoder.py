@@ -72,6 +72,7 @@ class TiledDecoder:
         self.screens = head.nbytes >= smallest_screened and config.hidden_size <= LARGEST_HIDDEN
         self.unscreened_steps = 0
         self._most_screened_rows = ROWS[NAMES[instructions]]
+        self._team = Team(threads)
         self._narrows = NAMES[instructions] in HAVE_NARROW
         self._screen = Screen(0, 0, 0, 0, 0)
         if self.screens:
@@ -92,7 +93,6 @@ class TiledDecoder:
             has_head_norms=config.qk_norm,
         )
         self.threads = threads
-        self._team = Team(threads)
         self._threads_for = threads_for
         self._counts = counters(config.num_layers * PHASES_PER_LAYER + OTHER_PHASES)
         self._counts_address = self._keeper.address(self._counts)
@@ -163,9 +163,9 @@ class TiledDecoder:
 
     def _pack_matrix(self, matrix: torch.Tensor, halves: int = 1) -> list[int]:
         """A matrix's entry in Weights.matrices."""
-        packed = pack(matrix, halves)
-        narrowed = narrow(packed) if self._narrows else None
+        narrowed = narrow(matrix, halves, self._team) if self._narrows else None
         if narrowed is None:
+            packed = pack(matrix, halves)
             self.weight_bytes += packed.nbytes
             return [self._keeper.address(packed), 0, 0]
         self.weight_bytes += narrowed.nbytes
