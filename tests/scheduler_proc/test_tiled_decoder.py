@@ -22,9 +22,8 @@ from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.attention.torch_sdpa import TorchSdpaAttention
 from minisgl.scheduler_proc.cpu.compiler import place_to_keep
 from minisgl.scheduler_proc.cpu.instructions import NAMES
-from minisgl.scheduler_proc.cpu.screening import SMALLEST_BYTES
 from minisgl.scheduler_proc.cpu.team import Team
-from minisgl.scheduler_proc.cpu.tiled_decoder import STEPS_WITHOUT, TiledDecoder, TiledForward, tiles_fit
+from minisgl.scheduler_proc.cpu.tiled_decoder import CACHED_BYTES, STEPS_WITHOUT, TiledDecoder, TiledForward, tiles_fit
 from minisgl.scheduler_proc.models.config import parse_config
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.models.forward_batch import make_forward_batch
@@ -96,24 +95,25 @@ def instructions(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def tiled(model: Decoder, instructions: str, threads: int = 2, screened: bool = False) -> TiledDecoder:
+def tiled(model: Decoder, instructions: str, threads: int = 2, large: bool = False) -> TiledDecoder:
     decoder = TiledDecoder(
         model,
         threads,
         lambda tokens: threads,
         instructions,
         lambda done, total: None,
-        smallest_screened=0 if screened else SMALLEST_BYTES,
+        cached_bytes=0 if large else CACHED_BYTES,
     )
-    assert decoder.screens == screened
+    assert decoder.screens == large
+    assert decoder.narrowed == (4 * model.config.num_layers + 1 if large and instructions == "amx" else 0)
     return decoder
 
 
 def on_tiles(
-    model: Decoder, instructions: str, threads: int = 2, page_size: int = PAGE_SIZE, screened: bool = False
+    model: Decoder, instructions: str, threads: int = 2, page_size: int = PAGE_SIZE, large: bool = False
 ) -> TiledForward:
     pool = KVPool(model.kv_shapes, PAGES * PAGE_SIZE // page_size, page_size, torch.bfloat16, CPU)
-    return tiled(model, instructions, threads, screened).over(pool)
+    return tiled(model, instructions, threads, large).over(pool)
 
 
 def tiled_forward(model: Decoder, instructions: str, threads: int = 2, page_size: int = PAGE_SIZE) -> Forward:
@@ -240,9 +240,19 @@ def test_what_overflows_stays_with_its_request(instructions: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("threads", "screened"), [(1, False), (3, False), (1, True), (3, True)])
+def test_a_large_models_logits_are_the_same_to_the_bit(family: str, instructions: str, tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    small, large = (on_tiles(load(tmp_path, family), instructions, large=large).logits for large in (False, True))
+    for rows in random_steps(chance, new_requests(chance, [1, 33, 500, *(chance.randint(2, 100) for _ in range(9))])):
+        assert torch.equal(run(small, rows), run(large, rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("threads", "large"), [(1, False), (3, False), (1, True), (3, True)])
 def test_the_likeliest_tokens_are_those_of_the_largest_logits(
-    family: str, threads: int, screened: bool, instructions: str, tmp_path: Path
+    family: str, threads: int, large: bool, instructions: str, tmp_path: Path
 ) -> None:
     """The first of several that are equal; vocabularies of 300 and 333 do not fill the last columns."""
     chance = random.Random(5)
@@ -250,7 +260,7 @@ def test_the_likeliest_tokens_are_those_of_the_largest_logits(
     # Every token has a twin, so that every largest logit is there twice.
     half = len(model.weights.head) // 2
     model.weights.head[half : 2 * half] = model.weights.head[:half]
-    forward = on_tiles(model, instructions, threads, screened=screened)
+    forward = on_tiles(model, instructions, threads, large=large)
     compared = 0
     for rows in random_steps(chance, new_requests(chance, [chance.randint(1, 30) for _ in range(45)])):
         tokens, finite = forward.likeliest(plan_of(rows))
@@ -261,17 +271,17 @@ def test_the_likeliest_tokens_are_those_of_the_largest_logits(
     assert compared > 40
 
 
-@pytest.mark.parametrize("screened", [False, True])
-def test_likeliest_of_logits_that_are_not_numbers(screened: bool, instructions: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_likeliest_of_logits_that_are_not_numbers(large: bool, instructions: str, tmp_path: Path) -> None:
     model = load(tmp_path, "llama")
     model.weights.head[7] = float("nan")
-    forward = on_tiles(model, instructions, screened=screened)
+    forward = on_tiles(model, instructions, large=large)
     request = new_requests(random.Random(6), [3])[0]
     assert forward.likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist() == [[7], [0]]
     assert forward.likeliest(plan_of([StepRow(request, 0, 2, False)])).tolist() == [[], []]
     model = load(tmp_path, "llama")
     model.weights.norm[:] = float("nan")
-    forward = on_tiles(model, instructions, screened=screened)
+    forward = on_tiles(model, instructions, large=large)
     tokens, finite = forward.likeliest(plan_of([StepRow(request, 0, 3, True)])).tolist()
     assert (tokens, finite) == ([0], [0])
 
@@ -279,7 +289,7 @@ def test_likeliest_of_logits_that_are_not_numbers(screened: bool, instructions: 
 def test_a_screen_that_rules_nothing_out_is_left_out_for_a_while(instructions: str, tmp_path: Path) -> None:
     model = load(tmp_path, "llama")
     model.weights.head[:] = model.weights.head[0]
-    decoder = tiled(model, instructions, screened=True)
+    decoder = tiled(model, instructions, large=True)
     forward = decoder.over(KVPool(decoder.kv_shapes, PAGES, PAGE_SIZE, torch.bfloat16, CPU))
     rows = [StepRow(new_requests(random.Random(7), [3])[0], 0, 3, True)]
     for left in (*range(STEPS_WITHOUT, -1, -1), STEPS_WITHOUT):

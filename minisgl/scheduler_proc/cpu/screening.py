@@ -49,8 +49,6 @@ ROWS = {AMX: 32, AVX512_BF16: 8}
 """Sampled rows, by instructions, up to which reading the head is most of its time: with vectors the two digits of a row
 take as long to multiply as the row itself, on tiles that is little beside reading."""
 MOST_ROWS = max(ROWS.values())
-SMALLEST_BYTES = 2**26
-"""Of a head that does not stay in a cache."""
 LARGEST_HIDDEN = 2**15
 """Columns of a row up to which products of digits and bytes fit into 32 bits."""
 FACTS = 3

@@ -14,7 +14,7 @@ from minisgl.scheduler_proc.cpu.instructions import HAVE_NARROW, NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.narrow import narrow
 from minisgl.scheduler_proc.cpu.products import LARGEST_BYTES
-from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, MOST_ROWS, ROWS, SMALLEST_BYTES, make_screen
+from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, MOST_ROWS, ROWS, make_screen
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
@@ -25,6 +25,8 @@ from minisgl.scheduler_proc.request import StepPlan, scored_positions
 
 KEPT_LOGITS = 256
 """Rows of logits up to which their memory is kept for the next step."""
+CACHED_BYTES = 2**26
+"""Weights of more are taken to be read from memory by every step."""
 STEPS_WITHOUT = 64
 """Steps that follow without a screen when it has ruled out too little to be worth its time."""
 
@@ -45,10 +47,12 @@ class TiledDecoder:
         threads: most that run a step; `threads_for` says how many of them are worth it for a number of tokens.
         instructions: that multiply, one of instructions.available().
         progress: called with the layers packed and their number.
-        smallest_screened: bytes of a head from which on it gets a screen, see screening.py.
+        cached_bytes: what may stay in a cache. A larger head gets a screen (see screening.py), and the matrices of
+            a larger model are made narrow (see narrow.py): both cost time, and save reading.
 
     Attributes:
         weight_bytes: all that is kept of the weights.
+        narrowed: how many matrices are kept in twelve bits.
         screens: whether there is a screen.
         unscreened_steps: how many steps will not use it, since it has ruled out too little.
     """
@@ -60,20 +64,20 @@ class TiledDecoder:
         threads_for: Callable[[int], int],
         instructions: str,
         progress: Callable[[int, int], None],
-        smallest_screened: int = SMALLEST_BYTES,
+        cached_bytes: int = CACHED_BYTES,
     ) -> None:
         config = decoder.config
         self._config = config
         self.vocab_size = config.vocab_size
         self.kv_shapes = decoder.kv_shapes
-        self.weight_bytes = 0
+        self.weight_bytes = self.narrowed = 0
         self._keeper = Keeper()
         head = decoder.weights.head
-        self.screens = head.nbytes >= smallest_screened and config.hidden_size <= LARGEST_HIDDEN
+        self.screens = head.nbytes > cached_bytes and config.hidden_size <= LARGEST_HIDDEN
         self.unscreened_steps = 0
         self._most_screened_rows = ROWS[NAMES[instructions]]
         self._team = Team(threads)
-        self._narrows = NAMES[instructions] in HAVE_NARROW
+        self._narrows = decoder.weight_bytes > cached_bytes and NAMES[instructions] in HAVE_NARROW
         self._screen = Screen(0, 0, 0, 0, 0)
         if self.screens:
             self._screen, taken = make_screen(head, self._keeper)
@@ -168,6 +172,7 @@ class TiledDecoder:
             packed = pack(matrix, halves)
             self.weight_bytes += packed.nbytes
             return [self._keeper.address(packed), 0, 0]
+        self.narrowed += 1
         self.weight_bytes += narrowed.nbytes
         return [self._keeper.address(part) for part in narrowed]
 
