@@ -1,8 +1,11 @@
-"""Attention of one tile: 16 query heads that share a key head, against the pages before them.
+"""Attention of tiles: 16 query heads each that share a key head, against the pages before them.
 
 The pool keeps blocks of 16 tokens. For each key head a block has the keys [16, head_dim] in tiles, then the values
 transposed, [head_dim, 16], so that both can be multiplied as they lie. Scores come out transposed, too, [keys,
 queries]: the softmax then runs down columns, sixteen at a time.
+
+Tiles of the same tokens' other heads, and of the next tokens, need the same keys. Some are computed together, so
+that these are read from memory once.
 """
 
 from __future__ import annotations
@@ -24,10 +27,18 @@ from minisgl.scheduler_proc.cpu.memory import (
 from minisgl.scheduler_proc.cpu.numbers import LOG2_E, exp2, to_bfloat16
 from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, place_in_tiles
 
+TILES_AT_ONCE = 4
+"""Tiles that go through the keys together at most."""
 SEGMENT = 256
 """Keys whose scores are in the first-level cache together."""
 ROWS_A_TURN = 8
 """Keys of one turn of the softmax's loops; a block's 16 are whole turns."""
+COLUMNS_A_TURN = 8
+"""Of the sums of values."""
+LOWS, LIMITS, HIGHEST, TOTALS, QUERIES = (64 * place for place in range(5))
+"""Where in a tile's state (bytes) are: int32 [16] each, between which positions its queries see keys; float32 [16],
+the highest score so far, times a factor, and the sum of the softmax's numerators; words [half, 16], two bfloat16 each,
+the queries. The sums of values so far follow, float32 [head_dim, 16]."""
 LOWEST = np.float32(-1e30)
 """Below every score; finite, so that no difference of two is NaN."""
 
@@ -44,6 +55,14 @@ def head_bytes(shape):
     return BLOCK * 2 * shape.half * 2
 
 
+def state_bytes(half: int) -> int:
+    """Of one tile's state."""
+    return QUERIES + 64 * half + 64 * 2 * half
+
+
+_state_bytes = inlined(state_bytes)
+
+
 @compiled
 def _hide(scores, begin, end, first_key, lows, limits):
     """Make the scores of keys that a query does not see -inf, in rows begin to end; row 0 is at `first_key`."""
@@ -55,85 +74,135 @@ def _hide(scores, begin, end, first_key, lows, limits):
 
 
 @compiled
-def _weigh(scores, keys, factor, scratch):
+def _weigh(scores, keys, factor, tile, shrinks, weights):
     """One more segment of an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) for 16 queries.
 
-    Brings scratch.highest (of scores times factor) and scratch.totals up to date, sets scratch.shrink to what earlier
-    sums have to be multiplied with, and scratch.weights to 2**(score * factor - highest).
+    Brings the tile's HIGHEST and TOTALS up to date, sets `shrinks` to what earlier sums have to be multiplied with, and
+    `weights` to 2**(score * factor - highest).
     """
+    highests, totals = tile + HIGHEST, tile + TOTALS
     for query in range(BLOCK):
-        set_float(scratch.shrink, query, LOWEST)
+        set_float(shrinks, query, LOWEST)
     # Several rows a turn, so that few turns wait for what the one before has stored.
     for key in range(0, keys, ROWS_A_TURN):
         for query in range(BLOCK):
-            top = get_float(scratch.shrink, query)
+            top = get_float(shrinks, query)
             for row in range(ROWS_A_TURN):
                 top = max(top, get_float(scores, (key + row) * BLOCK + query))
-            set_float(scratch.shrink, query, top)
+            set_float(shrinks, query, top)
     for query in range(BLOCK):
-        before = get_float(scratch.highest, query)
-        now = max(get_float(scratch.shrink, query) * factor, before)
+        before = get_float(highests, query)
+        now = max(get_float(shrinks, query) * factor, before)
         shrink = exp2(before - now)
-        set_float(scratch.highest, query, now)
-        set_float(scratch.shrink, query, shrink)
-        set_float(scratch.totals, query, get_float(scratch.totals, query) * shrink)
+        set_float(highests, query, now)
+        set_float(shrinks, query, shrink)
+        set_float(totals, query, get_float(totals, query) * shrink)
     for key in range(0, keys, ROWS_A_TURN):
         for query in range(BLOCK):
-            highest, total = get_float(scratch.highest, query), np.float32(0.0)
+            highest, total = get_float(highests, query), np.float32(0.0)
             for row in range(key, key + ROWS_A_TURN, 2):
                 low = exp2(get_float(scores, row * BLOCK + query) * factor - highest)
                 high = exp2(get_float(scores, (row + 1) * BLOCK + query) * factor - highest)
                 total += low + high
                 both = np.uint32(to_bfloat16(low)) | np.uint32(to_bfloat16(high)) << np.uint32(16)
-                set_word(scratch.weights, row // 2 * BLOCK + query, both)
-            set_float(scratch.totals, query, get_float(scratch.totals, query) + total)
+                set_word(weights, row // 2 * BLOCK + query, both)
+            set_float(totals, query, get_float(totals, query) + total)
 
 
 @compiled
 def _merge(output, sums, columns, shrink):
     """output = output * shrink + sums, float32 [columns, 16] each."""
-    for column in range(columns):
+    # Several columns a turn, or the compiler makes single numbers of the sixteen.
+    for first in range(0, columns, COLUMNS_A_TURN):
         for query in range(BLOCK):
-            index = column * BLOCK + query
-            set_float(output, index, get_float(output, index) * get_float(shrink, query) + get_float(sums, index))
+            factor = get_float(shrink, query)
+            for column in range(first, first + COLUMNS_A_TURN):
+                index = column * BLOCK + query
+                set_float(output, index, get_float(output, index) * factor + get_float(sums, index))
 
 
-@inlined
-def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, attended, scratch):
-    """Attention of one tile: query heads 16 * tile and up of a part's, counted token by token.
+@compiled
+def _begin_tile(tile, first, last, start, group, half, heads, window, queries):
+    """Set up the state of query heads `first` to `last` of a part, counted token by token.
 
     Args:
-        pool: address of the layer.
-        window: positions that a query sees.
-        query, attended: of all tokens, see Buffers.
+        queries: of the part's first token, those of the key head: see Buffers.query.
     """
-    begin, start, count = get_int(batch.begins, part), get_int(batch.starts, part), get_int(batch.counts, part)
-    pages = batch.pages + 4 * get_int(batch.page_begins, part)
-    group, half = shape.group, shape.half
-    head_dim = 2 * half
-    first = tile * BLOCK
-    last = min(first + BLOCK, count * group) - 1
     # Counted along, since divisions would take longer than the rest.
     token, head = first // group, first % group
     for column in range(BLOCK):
-        set_int(scratch.limits, column, np.int32(start + token + 1))
-        set_int(scratch.lows, column, np.int32(max(0, start + token + 1 - window)))
-        source = query + ((begin + token) * shape.heads + kv_head * group + head) * head_dim * 2
+        set_int(tile + LIMITS, column, np.int32(start + token + 1))
+        set_int(tile + LOWS, column, np.int32(max(0, start + token + 1 - window)))
+        source = queries + (token * heads + head) * 2 * half * 2
         for pair in range(half):
-            set_word(scratch.query_tile, pair * BLOCK + column, get_word(source, pair))
+            set_word(tile + QUERIES, pair * BLOCK + column, get_word(source, pair))
         # Columns beyond the last are computed like the last, and not stored.
         if first + column < last:
             head += 1
             if head == group:
                 token, head = token + 1, 0
     for column in range(BLOCK):
-        set_float(scratch.highest, column, LOWEST)
-        set_float(scratch.totals, column, np.float32(0.0))
-    for index in range(head_dim * BLOCK):
-        set_float(scratch.output, index, np.float32(0.0))
+        set_float(tile + HIGHEST, column, LOWEST)
+        set_float(tile + TOTALS, column, np.float32(0.0))
+    for index in range(2 * half * BLOCK):
+        set_float(tile + QUERIES + 64 * half, index, np.float32(0.0))
+
+
+@compiled
+def _end_tile(tile, first, last, group, half, heads, begin, first_head, attended):
+    """Store what a tile's queries attended to; `begin` is its part's first token, `first_head` its key head's first."""
+    head_dim = 2 * half
+    output, depths = tile + QUERIES + 64 * half, heads * head_dim // DEPTH
+    token, head = first // group, first % group
+    for index in range(last - first + 1):
+        portion = np.float32(1.0) / get_float(tile + TOTALS, index)
+        for column in range(0, head_dim, DEPTH):
+            target = attended + place_in_tiles(begin + token, (first_head + head) * head_dim + column, depths)
+            for lane in range(DEPTH):
+                value = get_float(output, (column + lane) * BLOCK + index) * portion
+                set_short(target, lane, to_bfloat16(value))
+        head += 1
+        if head == group:
+            token, head = token + 1, 0
+
+
+@inlined
+def attend(shape, batch, item, kv_head, pool, page_size, window, query, attended, scratch):
+    """Attention of a batch's item: some tiles of a part, with one key head.
+
+    Args:
+        pool: address of the layer.
+        window: positions that a query sees.
+        query, attended: of all tokens, see Buffers.
+    """
+    part, tiles = get_int(batch.item_parts, item), get_int(batch.item_tiles, item)
+    begin, start, count = get_int(batch.begins, part), get_int(batch.starts, part), get_int(batch.counts, part)
+    group, half = shape.group, shape.half
+    first, end, size = get_int(batch.item_firsts, item) * BLOCK, count * group, _state_bytes(half)
+    queries = query + (begin * shape.heads + kv_head * group) * 2 * half * 2
+    for number in range(tiles):
+        one = first + number * BLOCK
+        last = min(one + BLOCK, end) - 1
+        _begin_tile(scratch.tiles + number * size, one, last, start, group, half, shape.heads, window, queries)
+    # Where a window begins, each tile has keys of its own.
+    together = tiles if get_int(scratch.tiles + (tiles - 1) * size + LOWS, BLOCK - 1) == 0 else 1
+    pages = batch.pages + 4 * get_int(batch.page_begins, part)
+    for number in range(0, tiles, together):
+        _attend_together(shape, together, scratch.tiles + number * size, kv_head, pages, pool, page_size, scratch)
+    for number in range(tiles):
+        one = first + number * BLOCK
+        last = min(one + BLOCK, end) - 1
+        tile = scratch.tiles + number * size
+        _end_tile(tile, one, last, group, half, shape.heads, begin, kv_head * group, attended)
+
+
+@inlined
+def _attend_together(shape, tiles, first_tile, kv_head, pages, pool, page_size, scratch):
+    """Bring the states of some tiles through all keys that they see: those of the first one's first query, and on."""
+    head_dim, size = 2 * shape.half, _state_bytes(shape.half)
     factor = LOG2_E / np.sqrt(np.float32(head_dim))
-    first_key = get_int(scratch.lows, 0) // BLOCK * BLOCK
-    end_key = get_int(scratch.limits, BLOCK - 1)
+    first_key = get_int(first_tile + LOWS, 0) // BLOCK * BLOCK
+    end_key = get_int(first_tile + (tiles - 1) * size + LIMITS, BLOCK - 1)
     for key in range(first_key, end_key, SEGMENT):
         blocks = (min(SEGMENT, end_key - key) + BLOCK - 1) // BLOCK
         page, offset = key // page_size, key % page_size
@@ -146,26 +215,25 @@ def attend(shape, batch, part, tile, kv_head, pool, page_size, window, query, at
                 offset += BLOCK
                 if offset == page_size:
                     page, offset = page + 1, 0
-        score(scratch, blocks, head_dim // DEPTH)
-        # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
-        hidden = 0 if key < get_int(scratch.lows, BLOCK - 1) else max(get_int(scratch.limits, 0) - key, 0)
-        if hidden < blocks * BLOCK:
-            _hide(scratch.scores, hidden, blocks * BLOCK, key, scratch.lows, scratch.limits)
-        _weigh(scratch.scores, blocks * BLOCK, factor, scratch)
-        for column in range(0, head_dim, 64):
-            width = min(64, head_dim - column)
-            values = head_bytes(shape) + column * BLOCK * 2
-            sum_values(scratch, blocks, values, width)
-            _merge(scratch.output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
-    token, head = first // group, first % group
-    for index in range(last - first + 1):
-        portion = np.float32(1.0) / get_float(scratch.totals, index)
-        for column in range(0, head_dim, DEPTH):
-            depths = shape.heads * head_dim // DEPTH
-            target = attended + place_in_tiles(begin + token, (kv_head * group + head) * head_dim + column, depths)
-            for lane in range(DEPTH):
-                value = get_float(scratch.output, (column + lane) * BLOCK + index) * portion
-                set_short(target, lane, to_bfloat16(value))
-        head += 1
-        if head == group:
-            token, head = token + 1, 0
+        for number in range(tiles):
+            tile = first_tile + number * size
+            seen = min(blocks, (get_int(tile + LIMITS, BLOCK - 1) - key + BLOCK - 1) // BLOCK)
+            if seen > 0:
+                _attend_segment(shape, tile, key, seen, factor, scratch)
+
+
+@inlined
+def _attend_segment(shape, tile, key, blocks, factor, scratch):
+    """Bring a tile's state through so many blocks of keys, scratch.blocks, the first of them at position `key`."""
+    head_dim = 2 * shape.half
+    score(scratch, tile + QUERIES, blocks, head_dim // DEPTH)
+    # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
+    hidden = 0 if key < get_int(tile + LOWS, BLOCK - 1) else max(get_int(tile + LIMITS, 0) - key, 0)
+    if hidden < blocks * BLOCK:
+        _hide(scratch.scores, hidden, blocks * BLOCK, key, tile + LOWS, tile + LIMITS)
+    _weigh(scratch.scores, blocks * BLOCK, factor, tile, scratch.shrink, scratch.weights)
+    output = tile + QUERIES + 64 * shape.half
+    for column in range(0, head_dim, 64):
+        width = min(64, head_dim - column)
+        sum_values(scratch, blocks, head_bytes(shape) + column * BLOCK * 2, width)
+        _merge(output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)

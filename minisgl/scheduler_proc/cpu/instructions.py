@@ -69,17 +69,18 @@ def prepare_attention(scratch):
 
 
 @inlined
-def score(scratch, count, depths):
-    """Products of the keys of so many blocks with the 16 queries, to scratch.scores.
+def score(scratch, queries, count, depths):
+    """Products of the keys of so many blocks with 16 queries, to scratch.scores.
 
     Args:
+        queries: words [head_dim / 2, 16], two bfloat16 each.
         count: of scratch.blocks, which go on to a multiple of BLOCKS_AT_ONCE, as the scores do.
         depths: head_dim / 32.
     """
     if scratch.instructions == AMX:
-        amx.score(scratch.blocks, count, depths, scratch.query_tile, scratch.scores)
+        amx.score(scratch.blocks, count, depths, queries, scratch.scores)
     else:
-        avx512.score(scratch.blocks, count, depths, scratch.query_tile, scratch.scores)
+        avx512.score(scratch.blocks, count, depths, queries, scratch.scores)
 
 
 @inlined

@@ -109,18 +109,19 @@ class Batch(NamedTuple):
     """A step's tokens, and the parts that they belong to: a decode row, or a chunk of a prompt. Addresses are of int32.
 
     Attributes:
-        tokens, sampled_tokens, tiles: how many there are.
+        tokens, sampled_tokens, items: how many there are.
         input_ids: [tokens].
         token_parts: [tokens], the part that each belongs to.
         sampled: [sampled tokens], those that get logits.
         begins, starts, counts: [parts], a part's first token, that token's position, and how many there are.
         page_begins: [parts], where a part's page ids begin in `pages`.
-        tile_parts, tile_numbers: [tiles], the part of each tile of 16 query heads, and the tile's number in it.
+        item_parts, item_firsts, item_tiles: [items], of each share of attention its part, its first tile of 16 query
+            heads, and how many tiles it has.
     """
 
     tokens: int
     sampled_tokens: int
-    tiles: int
+    items: int
     input_ids: int
     token_parts: int
     sampled: int
@@ -129,8 +130,9 @@ class Batch(NamedTuple):
     counts: int
     page_begins: int
     pages: int
-    tile_parts: int
-    tile_numbers: int
+    item_parts: int
+    item_firsts: int
+    item_tiles: int
 
 
 class Pool(NamedTuple):
@@ -199,13 +201,11 @@ class Scratch(NamedTuple):
         sums: float32 [32, 32], a product's outputs.
         wide: room for a pair of blocks of the matrix with most inputs.
         shapes: of AMX's tiles, for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
-        query_tile: words [half, 16], two bfloat16 each: a tile of queries.
-        lows, limits: int32 [16], which keys its queries see.
+        tiles: states of the tiles of queries that are computed together, see attention.py.
         blocks: int64, addresses of the keys of a segment's blocks.
         scores: float32 [segment, 16].
         weights: words [segment / 2, 16], the softmax's numerators, two keys' bfloat16 each.
-        highest, totals, shrink: float32 [16], of the online softmax.
-        output: float32 [head_dim, 16].
+        shrink: float32 [16], what the softmax's earlier sums are multiplied with.
     """
 
     thread: int
@@ -214,13 +214,8 @@ class Scratch(NamedTuple):
     wide: int
     shapes: int
     attention_shapes: int
-    query_tile: int
-    lows: int
-    limits: int
+    tiles: int
     blocks: int
     scores: int
     weights: int
-    highest: int
-    totals: int
     shrink: int
-    output: int

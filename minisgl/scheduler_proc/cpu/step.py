@@ -156,11 +156,10 @@ def _attend_all(counts, phase, shape, layer, batch, weights, pool, page_size, bu
     window = get_int(weights.windows, layer)
     while True:
         item = take(counts, phase)
-        if item >= batch.tiles * shape.kv_heads:
+        if item >= batch.items * shape.kv_heads:
             return
         index, kv_head = item // shape.kv_heads, item % shape.kv_heads
-        part, tile = get_int(batch.tile_parts, index), get_int(batch.tile_numbers, index)
-        attend(shape, batch, part, tile, kv_head, pool, page_size, window, buffers.query, buffers.attended, scratch)
+        attend(shape, batch, index, kv_head, pool, page_size, window, buffers.query, buffers.attended, scratch)
 
 
 @inlined

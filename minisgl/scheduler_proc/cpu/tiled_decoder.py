@@ -9,7 +9,7 @@ import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, RING, shapes_of_rows
-from minisgl.scheduler_proc.cpu.attention import SEGMENT
+from minisgl.scheduler_proc.cpu.attention import SEGMENT, TILES_AT_ONCE, state_bytes
 from minisgl.scheduler_proc.cpu.instructions import HAVE_NARROW, NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.narrow import narrow
@@ -114,13 +114,14 @@ class TiledDecoder:
     def run(self, plan: StepPlan, pool: Pool, logits: torch.Tensor | None) -> torch.Tensor:
         """Compute a step: the logits of its sampled rows, or without a place for them `TiledForward.likeliest`."""
         keeper = Keeper()
-        batch = make_batch(plan, pool.page_size, self._shape.group, keeper)
+        threads = self._threads_for(sum(row.length for row in plan.rows))
+        batch = make_batch(plan, pool.page_size, self._shape, threads, keeper)
         self._reserve(batch.tokens, batch.sampled_tokens)
         self._counts.fill(0)
         likeliest = torch.empty((2, batch.sampled_tokens), dtype=torch.int64)
         place = 0 if logits is None else logits.data_ptr()
         buffers = self._buffers._replace(logits=place, likeliest=likeliest.data_ptr())
-        counts, threads = self._counts_address, self._threads_for(batch.tokens)
+        counts = self._counts_address
         fits = logits is None and 0 < batch.sampled_tokens <= self._most_screened_rows
         screens = self.screens and fits and not self.unscreened_steps
         if not screens:
@@ -273,14 +274,9 @@ def make_scratch(thread: int, instructions: int, head_dim: int, most_inputs: int
         wide=room(max(most_inputs // DEPTH, RING) * 2 * TILE_BYTES, np.uint8),
         shapes=keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
         attention_shapes=keeper.address(ATTENTION_SHAPES),
-        query_tile=room(head_dim // 2 * BLOCK, np.uint32),
-        lows=room(BLOCK, np.int32),
-        limits=room(BLOCK, np.int32),
+        tiles=room(TILES_AT_ONCE * state_bytes(head_dim // 2), np.uint8),
         blocks=room(SEGMENT // BLOCK, np.int64),
         scores=room(SEGMENT * BLOCK, np.float32),
         weights=room(SEGMENT // 2 * BLOCK, np.uint32),
-        highest=room(BLOCK, np.float32),
-        totals=room(BLOCK, np.float32),
         shrink=room(BLOCK, np.float32),
-        output=room(head_dim * BLOCK, np.float32),
     )
