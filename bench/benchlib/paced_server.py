@@ -59,6 +59,8 @@ class PacedEngine:
     def logprobs(self, step: PacedStep) -> list[RowLogprobs]:
         return []
 
+    def stay_ahead(self, pages_used: int) -> None: ...
+
     def prepare_next(self, pages_used: int) -> bool:
         return False
 

@@ -55,6 +55,9 @@ class StepRunner(Protocol):
             pages_used: KV pages that have been in use so far, those with the lowest ids.
         """
 
+    def stay_ahead(self, pages_used: int) -> None:
+        """Do a little of that between two steps, before one has to wait for it."""
+
 
 class ReplicaCore:
     """Takes requests, runs steps, and gives back what goes to the detokenizer.
@@ -139,6 +142,7 @@ class ReplicaCore:
             batch, self._ended = self._ended, self._empty_batch()
             return batch
         scheduler = self.scheduler
+        self.engine.stay_ahead(scheduler.pages.taken_once)
         beside_decodes = None
         if self._pacer:
             beside_decodes = self._pacer.prompt_tokens(scheduler.running, scheduler.waiting_for_each())

@@ -215,6 +215,11 @@ class StepEngine:
             self.graphs.capture_no_more()
             return False
 
+    def stay_ahead(self, pages_used: int) -> None:
+        """Between two steps: a few milliseconds' part of `prepare_next`, if the steps would soon wait for it."""
+        if self.graphs is None:
+            self._pool.stay_ahead(pages_used * self.page_size)
+
     def peak_memory_of_largest_step(self) -> int:
         """CUDA memory in bytes that a step takes beside weights and KV, by running one on the pool's first pages."""
         before = torch.cuda.memory_allocated(self._device)

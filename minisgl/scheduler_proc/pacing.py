@@ -7,7 +7,11 @@ STRETCH = 2.0
 CROWD_STRETCH = 4.0
 """How many steps longer one may be for a crowd that waits. With no bound all of 32 had their first token after 600 ms;
 with this one half of them had it after 350, the last after 750 (0.5B's shape, two cores), at the same throughput."""
+PROBE_STEPS = 16
+"""After so many steps with prompt tokens comes one without. Streams grow while a long prompt is computed, and so does
+their part of a step; it would be blamed on the prompt, which would get on ever more slowly."""
 QUIET_WEIGHT = 0.2
+PROBE_WEIGHT = 0.5
 LOWERED_WEIGHT = 0.5
 
 
@@ -15,13 +19,19 @@ class PromptPacer:
     """Learns the time of a step without prompt tokens, and what each prompt token adds to it.
 
     A later chunk of a long prompt costs more than an early one, since it sees more positions; a rise is therefore
-    believed at once, a fall by and by. While a crowd begins, no step is without prompt tokens: what more rows decode
+    believed at once, a fall by and by. How much longer a step may get is a share of a quiet one before the prompt came,
+    as that is what streams compare with. While a crowd begins, no step is without prompt tokens: what more rows decode
     than in the last quiet steps is taken to cost as much as prompt tokens do.
     """
 
     def __init__(self) -> None:
         self._quiet: float | None = None
         self._quiet_rows = 0.0
+        self._before_prompt = 0.0
+        """What `_quiet` was when prompt tokens last began to come, or is."""
+        self._prompt_steps = 0
+        """Since the last quiet one."""
+        self._probing = False
         self._per_token: float | None = None
 
     def observe(self, decode_rows: int, prompt_tokens: int, seconds: float) -> None:
@@ -29,10 +39,15 @@ class PromptPacer:
         if not prompt_tokens:
             if self._quiet is None:
                 self._quiet, self._quiet_rows = seconds, float(decode_rows)
+            weight = PROBE_WEIGHT if self._probing else QUIET_WEIGHT
             # A hiccup of the machine is no news about the model.
-            self._quiet += QUIET_WEIGHT * (min(seconds, 2 * self._quiet) - self._quiet)
-            self._quiet_rows += QUIET_WEIGHT * (decode_rows - self._quiet_rows)
+            self._quiet += weight * (min(seconds, 2 * self._quiet) - self._quiet)
+            self._quiet_rows += weight * (decode_rows - self._quiet_rows)
+            if not self._probing:
+                self._before_prompt = self._quiet
+            self._probing, self._prompt_steps = False, 0
             return
+        self._prompt_steps += 1
         if decode_rows and self._quiet is None:
             return
         if not decode_rows and self._per_token is not None:
@@ -45,7 +60,7 @@ class PromptPacer:
             self._per_token += LOWERED_WEIGHT * (cost - self._per_token)
 
     def prompt_tokens(self, decode_rows: int = 0, waiting_for_each: float = 0.0) -> int | None:
-        """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing.
+        """Most prompt tokens beside decoding rows; None while that is unknown, or if they cost nothing; 0 for a probe.
 
         Args:
             decode_rows: how many there are.
@@ -54,8 +69,11 @@ class PromptPacer:
         """
         if self._quiet is None or not self._per_token:
             return None
-        quiet = self._quiet + self._more_rows(decode_rows) * self._per_token
-        return int(max(STRETCH - 1, min(waiting_for_each, CROWD_STRETCH)) * quiet / self._per_token)
+        self._probing = self._prompt_steps >= PROBE_STEPS
+        if self._probing:
+            return 0
+        quiet = self._before_prompt + self._more_rows(decode_rows) * self._per_token
+        return max(int(max(STRETCH - 1, min(waiting_for_each, CROWD_STRETCH)) * quiet / self._per_token), 1)
 
     def _more_rows(self, decode_rows: int) -> float:
         return max(decode_rows - self._quiet_rows, 0.0)

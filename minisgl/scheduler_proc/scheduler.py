@@ -167,8 +167,8 @@ class Scheduler:
     def plan(self, beside_decodes: int | None = None) -> StepPlan | None:
         """The next step: every decoding request first, then as much prompt as the step's budget leaves room for.
 
-        Where requests decode, that is `beside_decodes` tokens at most, but in any case LEAST_PREFILL, or a page if that
-        is less.
+        Where requests decode, that is `beside_decodes` tokens at most: none if it is 0, otherwise in any case
+        LEAST_PREFILL, or a page if that is less.
 
         None when there is nothing to compute before a step in flight is retired, or nothing at all.
         """
@@ -181,7 +181,8 @@ class Scheduler:
         budget = self.limits.step_tokens - decode_rows
         if rows and beside_decodes is not None:
             budget = min(budget, beside_decodes)
-        self._plan_prompts(rows, max(budget, self._least_prefill))
+        if not rows or beside_decodes != 0:
+            self._plan_prompts(rows, max(budget, self._least_prefill))
         if not rows:
             return None
         self._planned_step += 1

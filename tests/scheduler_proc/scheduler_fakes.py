@@ -85,6 +85,8 @@ class FakeEngine:
         self._in_flight: deque[dict[int, set[int]]] = deque()
         """Per launched step: which requests use a page."""
 
+    def stay_ahead(self, pages_used: int) -> None: ...
+
     def prepare_next(self, pages_used: int) -> bool:
         return False
 

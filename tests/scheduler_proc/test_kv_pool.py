@@ -45,9 +45,24 @@ def test_memory_ahead_of_the_slots_in_use_is_touched_bit_by_bit(pool: KVPool) ->
     assert touch_all(pool, SLOTS - 1) == LAYERS and touch_all(pool, SLOTS) == 0
 
 
+def test_busy_steps_find_memory_touched_though_nobody_is_idle(pool: KVPool) -> None:
+    """24 MiB of all layers ahead at first; steps of 64 slots, 96 KiB, then never use what is untouched."""
+    touch_all(pool, 0)
+    steps = 0
+    for used in range(0, SLOTS, 64):
+        before = list(pool._touched)
+        pool.stay_ahead(used)
+        assert min(pool._touched) >= min(used + 64, SLOTS)
+        grown = [now - then for now, then in zip(pool._touched, before, strict=True) if now > then]
+        assert len(grown) <= 1 and sum(grown) * 512 <= kv_pool.BYTES_BETWEEN_STEPS
+        steps += bool(grown)
+    assert steps < SLOTS / 64 / 10, "most steps need not wait for it"
+
+
 def test_slots_in_use_are_left_alone(pool: KVPool) -> None:
     for layer in pool.layers:
         layer[:USED] = 1.0
     touch_all(pool, USED)
+    pool.stay_ahead(USED + 12 * MIB // 512)
     for layer in pool.layers:
         assert (layer[:USED] == 1.0).all() and not layer[USED:].any()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 from scheduler_fakes import make_scheduler, tokenized
 
-from minisgl.scheduler_proc.pacing import PromptPacer
+from minisgl.scheduler_proc.pacing import PROBE_STEPS, PromptPacer
 
 PAGE = 16
 STEP_TOKENS = 512
 
 
-def simulate(prompt: int, quiet: float, per_token: float, per_position: float, overhead: float) -> list[float]:
-    """Seconds of the steps in which a prompt is computed beside streams; a chunk pays for the positions before it."""
+def simulate(
+    prompt: int, quiet: float, per_token: float, per_position: float, overhead: float, growth: float = 0.0
+) -> list[float]:
+    """Seconds of the steps with prompt tokens, while a prompt is computed beside streams.
+
+    A chunk pays for the positions before it. Each step takes the streams `growth` longer than the one before.
+    """
     pacer = PromptPacer()
     pacer.observe(0, STEP_TOKENS, STEP_TOKENS * per_token)
     for _ in range(10):
@@ -20,6 +25,10 @@ def simulate(prompt: int, quiet: float, per_token: float, per_position: float, o
     position, seconds = 0, []
     while position < prompt:
         allowed = pacer.prompt_tokens(32)
+        quiet += growth
+        if allowed == 0:
+            pacer.observe(32, 0, quiet)
+            continue
         chunk = min(prompt - position, max(PAGE, min(STEP_TOKENS, STEP_TOKENS if allowed is None else allowed)))
         seconds.append(quiet + overhead + chunk * (per_token + position * per_position))
         pacer.observe(32, chunk, seconds[-1])
@@ -36,6 +45,25 @@ def test_no_gap_reaches_three_quiet_steps(per_token: float, per_position: float,
     assert max(seconds) < 3 * quiet
     # And about as much is computed as a step may cost.
     assert sum(seconds) / len(seconds) > 1.7 * quiet
+
+
+def test_streams_that_grow_are_not_blamed_on_the_prompt() -> None:
+    quiet = 0.1
+    settled, growing = (simulate(16384, quiet, 0.001, 1e-7, 0.0, growth) for growth in (0.0, 0.0002))
+    assert len(growing) < 1.1 * len(settled)
+    assert max(growing) < 1.02 * (quiet + 0.0002 * len(growing) + quiet) < 3 * quiet
+
+
+def test_quiet_steps_are_looked_at_now_and_then() -> None:
+    pacer = PromptPacer()
+    pacer.observe(4, 0, 0.1)
+    allowed = []
+    for _ in range(3 * PROBE_STEPS + 2):
+        allowed.append(pacer.prompt_tokens(4))
+        pacer.observe(4, 0 if allowed[-1] == 0 else 10, 0.1 if allowed[-1] == 0 else 0.15)
+    # With the first cost of a token nothing is known yet.
+    assert [index for index, tokens in enumerate(allowed) if tokens == 0] == [PROBE_STEPS, 2 * PROBE_STEPS + 1]
+    assert set(allowed) == {None, 0, 20}
 
 
 def test_cheap_prompts_are_not_cut() -> None:
@@ -105,5 +133,12 @@ def test_the_plan_keeps_to_it_only_beside_decodes() -> None:
     second = scheduler.plan(beside_decodes=7)
     assert second is not None and [row.length for row in second.rows] == [1, 7]
     scheduler.retire(second, [1])
-    least = scheduler.plan(beside_decodes=0)
+    least = scheduler.plan(beside_decodes=1)
     assert least is not None and [row.length for row in least.rows] == [1, 4]
+    scheduler.retire(least, [1])
+    none = scheduler.plan(beside_decodes=0)
+    assert none is not None and [row.length for row in none.rows] == [1]
+    scheduler.abort(1)
+    scheduler.retire(none, [1])
+    alone = scheduler.plan(beside_decodes=0)
+    assert alone is not None and [row.length for row in alone.rows] == [49]

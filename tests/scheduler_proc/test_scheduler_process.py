@@ -28,6 +28,7 @@ from minisgl.messages import (
     make_request_id,
 )
 from minisgl.model_source import resolve_model
+from minisgl.pulse import Pulse
 from minisgl.sampling_params import SamplingParams
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.scheduler_proc.main import serve
@@ -43,7 +44,8 @@ class ServingThread:
 
     def __init__(self, wiring: Wiring, engine: FakeEngine) -> None:
         spec = wiring.spec("scheduler", MODEL, detokenizer_workers=2)
-        self.worker = Worker(spec)
+        self._pulse = Pulse()
+        self.worker = Worker(spec, self._pulse.worker_end)
         self.worker.open_inbox(TokenizedRequest, AbortRequest)
         self.detokenizers = [wiring.inbox(f"detokenizer-{index}", 1, TokenBatch, RequestError) for index in range(2)]
         self.error: BaseException | None = None
@@ -100,6 +102,8 @@ class PreparingEngine(FakeEngine):
         self.history: list[str] = []
         self.begun, self.permits = threading.Semaphore(0), threading.Semaphore(0)
         self.left = 3
+
+    def stay_ahead(self, pages_used: int) -> None: ...
 
     def prepare_next(self, pages_used: int) -> bool:
         if not self.left:

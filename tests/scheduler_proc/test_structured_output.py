@@ -192,6 +192,8 @@ class DrawingEngine:
         self._vocab_size = vocab_size
         self._random = np.random.default_rng(0)
 
+    def stay_ahead(self, pages_used: int) -> None: ...
+
     def launch(self, plan: StepPlan) -> list[int]:
         self.launched.append([row.request.rid for row in plan.rows])
         tokens = []

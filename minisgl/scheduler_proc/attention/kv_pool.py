@@ -11,6 +11,8 @@ import torch
 AHEAD_BYTES = 2**28
 """Of a pool on the host, touched before they are needed."""
 BYTES_AT_ONCE = 2**23
+BYTES_BETWEEN_STEPS = 2**21
+"""One huge page. 100 tokens of all layers need no more if a layer's take 20 KB, and many models take less."""
 SMALL_PAGE = 4096
 """Bytes of the least that a system gives memory by."""
 
@@ -57,16 +59,29 @@ class KVPool:
         A system gives memory when it is first written to, and a virtual machine takes up to 6 ms for 2 MB: too long in
         the middle of a step, where all layers may want some at once.
         """
-        of_slot = sum(layer[0].nbytes for layer in self.layers)
-        enough = min(used + AHEAD_BYTES // of_slot, self.num_pages * self.page_size)
-        for index, layer in enumerate(self.layers):
-            begin = max(self._touched[index], used)
-            if begin < enough:
-                end = min(begin + max(BYTES_AT_ONCE // layer[0].nbytes, 1), enough)
-                layer[begin:end].view(torch.uint8).view(-1)[::SMALL_PAGE].zero_()
-                self._touched[index] = end
+        enough = self._slots_ahead(used, AHEAD_BYTES)
+        for index in range(len(self.layers)):
+            if max(self._touched[index], used) < enough:
+                self._touch(index, used, BYTES_AT_ONCE, enough)
                 return True
         return False
+
+    def stay_ahead(self, used: int) -> None:
+        """The same between two steps, if little of what was touched is left: a little of one layer."""
+        index = self._touched.index(min(self._touched))
+        if max(self._touched[index], used) < self._slots_ahead(used, AHEAD_BYTES // 2):
+            self._touch(index, used, BYTES_BETWEEN_STEPS, self.num_pages * self.page_size)
+
+    def _slots_ahead(self, used: int, size: int) -> int:
+        """The end of so many bytes of all layers behind the used slots."""
+        return min(used + size // sum(layer[0].nbytes for layer in self.layers), self.num_pages * self.page_size)
+
+    def _touch(self, index: int, used: int, size: int, enough: int) -> None:
+        """Touch so many bytes of a layer behind what is used or touched, to the slot `enough` at most."""
+        layer, begin = self.layers[index], max(self._touched[index], used)
+        end = min(begin + max(size // layer[0].nbytes, 1), enough)
+        layer[begin:end].view(torch.uint8).view(-1)[::SMALL_PAGE].zero_()
+        self._touched[index] = end
 
 
 def bytes_per_token(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
