@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-STRETCH = 2.0
-"""How long a step with prompt tokens may take, in steps without. What is promised is 3, and steps vary."""
+MOST_ADDED, LEAST_ADDED = 1.0, 0.5
+"""How much longer a step may get by prompt tokens, in quiet steps from before they came, and by how much always."""
+ALTOGETHER = 2.5
+"""How long such a step is to be, counted likewise, when streams grow meanwhile. What is promised is 3, and steps vary."""
 CROWD_STRETCH = 4.0
 """How many steps longer one may be for a crowd that waits. With no bound all of 32 had their first token after 600 ms;
 with this one half of them had it after 350, the last after 750 (0.5B's shape, two cores), at the same throughput."""
@@ -27,8 +29,8 @@ class PromptPacer:
     def __init__(self) -> None:
         self._quiet: float | None = None
         self._quiet_rows = 0.0
-        self._before_prompt = 0.0
-        """What `_quiet` was when prompt tokens last began to come, or is."""
+        self._before, self._before_rows = 0.0, 0.0
+        """What these were when prompt tokens last began to come, or are."""
         self._prompt_steps = 0
         """Since the last quiet one."""
         self._probing = False
@@ -44,7 +46,7 @@ class PromptPacer:
             self._quiet += weight * (min(seconds, 2 * self._quiet) - self._quiet)
             self._quiet_rows += weight * (decode_rows - self._quiet_rows)
             if not self._probing:
-                self._before_prompt = self._quiet
+                self._before, self._before_rows = self._quiet, self._quiet_rows
             self._probing, self._prompt_steps = False, 0
             return
         self._prompt_steps += 1
@@ -53,7 +55,7 @@ class PromptPacer:
         if not decode_rows and self._per_token is not None:
             return
         added = seconds - self._quiet if decode_rows and self._quiet is not None else seconds
-        cost = max(added, 0.0) / (prompt_tokens + self._more_rows(decode_rows))
+        cost = max(added, 0.0) / (prompt_tokens + max(decode_rows - self._quiet_rows, 0.0))
         if self._per_token is None or cost > self._per_token:
             self._per_token = cost
         else:
@@ -72,8 +74,8 @@ class PromptPacer:
         self._probing = self._prompt_steps >= PROBE_STEPS
         if self._probing:
             return 0
-        quiet = self._before_prompt + self._more_rows(decode_rows) * self._per_token
-        return max(int(max(STRETCH - 1, min(waiting_for_each, CROWD_STRETCH)) * quiet / self._per_token), 1)
-
-    def _more_rows(self, decode_rows: int) -> float:
-        return max(decode_rows - self._quiet_rows, 0.0)
+        before = self._before + max(decode_rows - self._before_rows, 0.0) * self._per_token
+        now = self._quiet + max(decode_rows - self._quiet_rows, 0.0) * self._per_token
+        added = min(max(ALTOGETHER * before - now, LEAST_ADDED * before), MOST_ADDED * before)
+        added = max(added, min(waiting_for_each, CROWD_STRETCH) * before)
+        return max(int(added / self._per_token), 1)

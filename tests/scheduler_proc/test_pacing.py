@@ -54,6 +54,13 @@ def test_streams_that_grow_are_not_blamed_on_the_prompt() -> None:
     assert max(growing) < 1.02 * (quiet + 0.0002 * len(growing) + quiet) < 3 * quiet
 
 
+def test_streams_that_grow_fast_leave_the_prompt_a_little() -> None:
+    quiet = 0.1
+    settled, growing = (simulate(16384, quiet, 0.001, 0.0, 0.0, growth) for growth in (0.0, 0.002))
+    assert len(growing) < 2.1 * len(settled)
+    assert all(seconds < 2.55 * quiet for seconds in growing[: len(growing) // 8])
+
+
 def test_quiet_steps_are_looked_at_now_and_then() -> None:
     pacer = PromptPacer()
     pacer.observe(4, 0, 0.1)
