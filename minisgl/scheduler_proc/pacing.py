@@ -5,7 +5,7 @@ from __future__ import annotations
 MOST_ADDED, LEAST_ADDED = 1.0, 0.5
 """How much longer a step may get by prompt tokens, in quiet steps from before they came, and by how much always."""
 ALTOGETHER = 2.5
-"""How long such a step is to be, counted likewise, when streams grow meanwhile. What is promised is 3, and steps vary."""
+"""How long such a step is to be when streams grow meanwhile, counted likewise. Promised are 3, and steps vary."""
 CROWD_STRETCH = 4.0
 """How many steps longer one may be for a crowd that waits. With no bound all of 32 had their first token after 600 ms;
 with this one half of them had it after 350, the last after 750 (0.5B's shape, two cores), at the same throughput."""
