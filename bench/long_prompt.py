@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -82,7 +83,9 @@ def main() -> None:
         )
         engine = StepEngine.load(config, spec, 0, lambda *_: None)
         engine.warm_up()
-        # What a server does while it waits for its first request.
+        # What a server does when it is ready, and while it waits for its first request.
+        gc.collect()
+        gc.freeze()
         while engine.prepare_next():
             pass
         core = ReplicaCore(engine, config, spec)
