@@ -179,6 +179,7 @@ class StepEngine:
                 activation_bytes=activation_bytes,
             )
             if tiles is not None:
+                tiles.reserve(limits.step_tokens, limits.max_running)
                 progress("compiling kernels", 0, 0)
                 make_engine(1).launch(_trial_plan([(0, 1)], 1, [0]))
             engine = make_engine(num_pages)

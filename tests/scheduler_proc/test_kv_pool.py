@@ -42,7 +42,7 @@ def test_memory_ahead_of_the_slots_in_use_is_touched_bit_by_bit(pool: KVPool) ->
     assert 20 * MIB < resident_bytes() - before < 40 * MIB
     assert touch_all(pool, 0) == 0
     assert touch_all(pool, USED) == LAYERS
-    assert touch_all(pool, SLOTS - 1) == LAYERS and touch_all(pool, SLOTS) == 0
+    assert touch_all(pool, SLOTS - 1) == LAYERS * 6 and touch_all(pool, SLOTS) == 0
 
 
 def test_busy_steps_find_memory_touched_though_nobody_is_idle(pool: KVPool) -> None:
@@ -62,7 +62,8 @@ def test_busy_steps_find_memory_touched_though_nobody_is_idle(pool: KVPool) -> N
 def test_slots_in_use_are_left_alone(pool: KVPool) -> None:
     for layer in pool.layers:
         layer[:USED] = 1.0
-    touch_all(pool, USED)
-    pool.stay_ahead(USED + 12 * MIB // 512)
+    touch_all(pool, USED // 2)
+    for _ in range(100):
+        pool.stay_ahead(USED + 12 * MIB // 512)
     for layer in pool.layers:
         assert (layer[:USED] == 1.0).all() and not layer[USED:].any()

@@ -54,33 +54,37 @@ class KVPool:
             self.layers[layer].index_copy_(0, slots, key_value)
 
     def touch_next(self, used: int) -> bool:
-        """Touch some of the memory behind the first `used` slots; False when enough of it is touched.
+        """Touch some of the memory up to somewhat behind the first `used` slots; False when enough of it is touched.
+
+        Not while a step runs: what is there is read and written again.
 
         A system gives memory when it is first written to, and a virtual machine takes up to 6 ms for 2 MB: too long in
         the middle of a step, where all layers may want some at once.
         """
-        enough = self._slots_ahead(used, AHEAD_BYTES)
+        enough = self._slots_ahead(used)
         for index in range(len(self.layers)):
-            if max(self._touched[index], used) < enough:
-                self._touch(index, used, BYTES_AT_ONCE, enough)
+            if self._touched[index] < enough:
+                self._touch(index, BYTES_AT_ONCE, enough)
                 return True
         return False
 
     def stay_ahead(self, used: int) -> None:
-        """The same between two steps, if little of what was touched is left: a little of one layer."""
+        """The same between two steps, and less: a long prompt takes its slots at once, and streams those behind it."""
         index = self._touched.index(min(self._touched))
-        if max(self._touched[index], used) < self._slots_ahead(used, AHEAD_BYTES // 2):
-            self._touch(index, used, BYTES_BETWEEN_STEPS, self.num_pages * self.page_size)
+        if self._touched[index] < self._slots_ahead(used):
+            self._touch(index, BYTES_BETWEEN_STEPS, self.num_pages * self.page_size)
 
-    def _slots_ahead(self, used: int, size: int) -> int:
-        """The end of so many bytes of all layers behind the used slots."""
-        return min(used + size // sum(layer[0].nbytes for layer in self.layers), self.num_pages * self.page_size)
+    def _slots_ahead(self, used: int) -> int:
+        """The end of AHEAD_BYTES of all layers behind the used slots."""
+        of_slot = sum(layer[0].nbytes for layer in self.layers)
+        return min(used + AHEAD_BYTES // of_slot, self.num_pages * self.page_size)
 
-    def _touch(self, index: int, used: int, size: int, enough: int) -> None:
-        """Touch so many bytes of a layer behind what is used or touched, to the slot `enough` at most."""
-        layer, begin = self.layers[index], max(self._touched[index], used)
+    def _touch(self, index: int, size: int, enough: int) -> None:
+        """Touch so many bytes more of a layer, to the slot `enough` at most."""
+        layer, begin = self.layers[index], self._touched[index]
         end = min(begin + max(size // layer[0].nbytes, 1), enough)
-        layer[begin:end].view(torch.uint8).view(-1)[::SMALL_PAGE].zero_()
+        # Slots in use keep what they have: a prompt may have taken more of them at once than were touched.
+        layer[begin:end].view(torch.uint8).view(-1)[::SMALL_PAGE].add_(0)
         self._touched[index] = end
 
 

@@ -116,7 +116,7 @@ class TiledDecoder:
         keeper = Keeper()
         threads = self._threads_for(sum(row.length for row in plan.rows))
         batch = make_batch(plan, pool.page_size, self._shape, threads, keeper)
-        self._reserve(batch.tokens, batch.sampled_tokens)
+        self.reserve(batch.tokens, batch.sampled_tokens)
         self._counts.fill(0)
         likeliest = torch.empty((2, batch.sampled_tokens), dtype=torch.int64)
         place = 0 if logits is None else logits.data_ptr()
@@ -182,8 +182,11 @@ class TiledDecoder:
         filled = [torch.zeros(zeros) if tensor is None else tensor.float().flatten() for tensor in tensors]
         return self._keeper.address(torch.cat(filled))
 
-    def _reserve(self, tokens: int, sampled: int) -> None:
-        """Make room for a step."""
+    def reserve(self, tokens: int, sampled: int) -> None:
+        """Make room for a step of so many tokens, of which so many get logits.
+
+        A step that needs more makes it for itself, which takes time: see KVPool.touch_next.
+        """
         if tokens > self._rows or sampled > self._sampled_rows:
             self._rows = _up(max(tokens, self._rows), PAIR)
             self._sampled_rows = _up(max(sampled, self._sampled_rows), PAIR)
@@ -195,7 +198,10 @@ class TiledDecoder:
         width = config.num_heads * config.head_dim
 
         def room(rows: int, columns: int, dtype: type[np.generic]) -> int:
-            return self._buffer_keeper.address(aligned_zeros(rows * columns, dtype))
+            array = aligned_zeros(rows * columns, dtype)
+            # Written to, so that the system has given the memory before a step waits for it.
+            array.fill(0)
+            return self._buffer_keeper.address(array)
 
         def screened(rows: int, columns: int, dtype: type[np.generic]) -> int:
             return room(rows, columns, dtype) if self.screens else 0
