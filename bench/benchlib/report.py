@@ -286,8 +286,8 @@ _DEFINITIONS = [
     "- Hugging Face's baseline answers one request at a time: under load its TTFT is mostly the wait for its turn.",
     "- tokens are counted by the ids or counts that each server reports, and checked against its final usage.",
     "- decode step: batch is the mean number of requests decoding at a time (Little's law); GB/s is the bytes of "
-    "weights (as the checkpoint has them) and of that batch's keys and values over the median time per token, beside its share of the measured copy "
-    "bandwidth (read + write; a step only reads, so a share above 100 % is possible).",
+    "weights (as the checkpoint has them) and of that batch's keys and values over the median time per token, beside "
+    "its share of the measured copy bandwidth (read + write; a step only reads, so a share above 100 % is possible).",
 ]
 
 
