@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from minisgl.config import ServerConfig
 
 DRAIN_SECONDS = 10.0
 STOP_SECONDS = 8.0
+LAST_LINES_SECONDS = 0.5
 _PIPE_BYTES = 2**16
 
 
@@ -105,8 +108,20 @@ class OwnServer:
             if lines and not self._stopping:
                 self._log([line.decode(errors="replace") for line in lines])
 
+    def _hear_out(self) -> None:
+        """Let the reader take what the log says by now: the last lines of an answer are written before its end is."""
+        assert self._process.stderr
+        deadline = time.monotonic() + LAST_LINES_SECONDS
+        while time.monotonic() < deadline:
+            waiting = fcntl.ioctl(self._process.stderr, termios.FIONREAD, bytes(4))
+            # Once more after the last: then the reader has passed them on as well.
+            time.sleep(0.01)
+            if not int.from_bytes(waiting, sys.byteorder):
+                return
+
     def _stop(self) -> None:
         """SIGTERM drains, a second one stops at once, and then there is SIGKILL. None of it is worth a log line."""
+        self._hear_out()
         self._stopping = True
         try:
             for seconds in (DRAIN_SECONDS, STOP_SECONDS):
