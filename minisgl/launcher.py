@@ -21,7 +21,7 @@ from typing import Protocol, TypeAlias
 
 from minisgl.channels import ipc_address
 from minisgl.config import WorkerSpec
-from minisgl.messages import Heartbeat
+from minisgl.messages import Health, Heartbeat
 from minisgl.pulse import Pulse
 from minisgl.worker import run_worker
 
@@ -62,8 +62,15 @@ class WorkerProcess(Protocol):
     def kill(self) -> None:
         """End it at once, with everything it started; its `on_exit` follows."""
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it is known to be suspended (SIGSTOP): it neither works nor ends."""
+
     def heartbeats(self) -> list[Heartbeat]:
         """Those that have come since the last call."""
+
+    def leave(self, health: Health) -> None:
+        """Let an http worker find this when it is next asked how the server is; never blocks."""
 
 
 class Launcher(Protocol):
@@ -74,6 +81,12 @@ class Launcher(Protocol):
 
     def start(self, spec: WorkerSpec, on_exit: Callable[[Exit], None]) -> WorkerProcess:
         """Start one life of a worker; the event loop calls `on_exit` once, when it is over."""
+
+    def watch(self, on_sign: Callable[[], None]) -> None:
+        """Call `on_sign` from the event loop whenever heartbeats wait, and when a worker is suspended."""
+
+    def unwatch(self) -> None:
+        """Stop that."""
 
 
 class LocalLauncher:
@@ -113,6 +126,16 @@ class LocalLauncher:
         self._processes.append(LocalProcess(process, pulse, on_exit))
         return self._processes[-1]
 
+    def watch(self, on_sign: Callable[[], None]) -> None:
+        for process in self._processes:
+            process.watch(on_sign)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, on_sign)
+
+    def unwatch(self) -> None:
+        for process in self._processes:
+            process.unwatch()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+
     def close(self) -> None:
         """Kill whatever still runs and wait for it."""
         for process in self._processes:
@@ -130,6 +153,7 @@ class LocalProcess:
         self._process = process
         self._pulse = pulse
         self._on_exit = on_exit
+        self._over = False
         assert process.pid is not None
         self.pid = process.pid
         asyncio.get_running_loop().add_reader(process.sentinel, self._ended)
@@ -147,13 +171,35 @@ class LocalProcess:
             # It has not become a session leader yet, so it has started nothing either.
             self._process.kill()
 
+    @property
+    def stopped(self) -> bool:
+        # Without waitid (macOS) a worker that was suspended while it rested is found out when its rest is over.
+        if not hasattr(os, "waitid"):
+            return False
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        return False
+
     def heartbeats(self) -> list[Heartbeat]:
         return self._pulse.take()
+
+    def leave(self, health: Health) -> None:
+        self._pulse.leave(health)
+
+    def watch(self, on_heartbeat: Callable[[], None]) -> None:
+        if not self._over:
+            asyncio.get_running_loop().add_reader(self._pulse, on_heartbeat)
+
+    def unwatch(self) -> None:
+        if not self._over:
+            asyncio.get_running_loop().remove_reader(self._pulse)
 
     def wait(self) -> None:
         self._process.join()
 
     def _ended(self) -> None:
+        self.unwatch()
+        self._over = True
         asyncio.get_running_loop().remove_reader(self._process.sentinel)
         self.kill()
         self._reap()

@@ -10,8 +10,9 @@ raises MalformedMessage, which the receiver counts and drops. No pickle, no exte
     http --TokenizeRequest, DetokenizeRequest--> tokenizer --TextAnswer--> http
     http --FlushCache--> tokenizer --FlushCache--> every scheduler --CacheFlushed--> detokenizer --CacheFlushed--> http
     http --AbortNamed--> every other http
-    worker --Hello, Progress, Ready, Failed--> supervisor  (and Heartbeat, by the way that pulse.py describes)
+    worker --Hello, Progress, Ready, Failed--> supervisor
     supervisor --WorkerUp, WorkerDown, Health, Drain, Shutdown--> worker
+    worker --Heartbeat--> supervisor --Health--> http  (without waking anybody: pulse.py)
 
 Columns of integers travel as packed little-endian int32 or int64 bytes. Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -19,6 +20,7 @@ Columns of integers travel as packed little-endian int32 or int64 bytes. Times a
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import astuple, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
@@ -668,7 +670,8 @@ class Ready:
 class Heartbeat:
     """worker -> supervisor, several times a second: alive, and how long ago its main loop last came round.
 
-    `sent_ns` is when, for a receiver that looks now and then. A loop that waits for messages has an age of 0. `stats`
+    `sent_ns` is when, for a receiver that looks now and then. A loop that waits for messages has an age of 0; when it
+    does so for longer, the worker `rests`: its next heartbeat comes when something has arrived, or much later. `stats`
     are gauges and counters of that worker (requests in flight, KV pages free, frames dropped, ...).
     """
 
@@ -676,16 +679,17 @@ class Heartbeat:
     epoch: int
     sent_ns: int
     loop_age_us: int
+    rests: bool
     stats: JsonObject
     TYPE: ClassVar[int] = 23
 
     def pack(self) -> list[Any]:
-        return [self.worker, self.epoch, self.sent_ns, self.loop_age_us, self.stats]
+        return [self.worker, self.epoch, self.sent_ns, self.loop_age_us, self.rests, self.stats]
 
     @classmethod
-    def unpack(cls, worker: Any, epoch: Any, sent_ns: Any, loop_age_us: Any, stats: Any) -> Heartbeat:
+    def unpack(cls, worker: Any, epoch: Any, sent_ns: Any, loop_age_us: Any, rests: Any, stats: Any) -> Heartbeat:
         times = check_int(sent_ns), check_int(loop_age_us)
-        return cls(check_str(worker), check_int(epoch), *times, check_object(stats))
+        return cls(check_str(worker), check_int(epoch), *times, check_bool(rests), check_object(stats))
 
 
 @dataclass(slots=True)
@@ -742,22 +746,24 @@ class WorkerDown:
 
 @dataclass(slots=True)
 class Health:
-    """supervisor -> http, twice a second and at any news: what is wrong, and all workers.
+    """supervisor -> http, at any news, and in between by way of pulse.py: what is wrong, and all workers.
 
     `problems` are one sentence each; without any the server is healthy. `workers` maps a worker's name to {"state",
     "epoch", "pid", "restarts", "heartbeat_age_ms", "loop_age_ms", "info", "stats"}; `info` is what it said with Ready.
+    `sent_ns` is when, as the two ways keep no order between them.
     """
 
     problems: list[str]
     workers: JsonObject
+    sent_ns: int = field(default_factory=time.monotonic_ns)
     TYPE: ClassVar[int] = 27
 
     def pack(self) -> list[Any]:
-        return [self.problems, self.workers]
+        return [self.problems, self.workers, self.sent_ns]
 
     @classmethod
-    def unpack(cls, problems: Any, workers: Any) -> Health:
-        return cls(check_strs(problems), check_object(workers))
+    def unpack(cls, problems: Any, workers: Any, sent_ns: Any) -> Health:
+        return cls(check_strs(problems), check_object(workers), check_int(sent_ns))
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 It runs in the launcher's process, on one asyncio loop, and never imports torch. Workers report over the control
 channel (Hello, Progress, Ready, Failed); the launcher reports deaths and hands over heartbeats. What follows is sent
-to the workers at once: WorkerUp and WorkerDown to all, Health to the http workers.
+to the workers at once: WorkerUp and WorkerDown to all, Health to the http workers. A Health without news is left for
+them to find.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
+from minisgl.worker import REST_SECONDS
 from minisgl.worker_record import DEATH_WINDOW_SECONDS, MAX_DEATHS, Limits, State, WorkerRecord
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,7 @@ logger = logging.getLogger(__name__)
 _REPORTS = (Hello, Progress, Ready, Failed)
 
 TICK_SECONDS = 0.25
-HEALTH_SECONDS = 0.4
-"""Unless there is news, http hears of the workers when a tick finds its last word this old."""
-OWN_GAP_SECONDS = 0.5
+OWN_GAP_SECONDS = 0.25
 """When the loop itself came round this late, the supervisor was not watching in between."""
 LAST_WORDS_SECONDS = 0.2
 """How long after an exit its Failed message may still arrive."""
@@ -87,13 +87,14 @@ class Supervisor:
         self._loop: asyncio.AbstractEventLoop
         self._all_ready: asyncio.Future[None]
         self._finished: asyncio.Future[int]
-        self._next_tick: asyncio.TimerHandle
+        self._next_tick: asyncio.Handle
+        self._resting = False
+        """While every worker rests and nothing is wrong, no tick comes before something stirs."""
         self._serving = False
         self._stopping = False
         self._drain_deadline: float | None = None
-        self._ticked_at = self._watched_since = time.monotonic()
+        self._tick_due_at = self._watched_since = time.monotonic()
         self._told: list[str] = []
-        self._told_at = 0.0
 
     # ---- life of the server -----------------------------------------------------------------------------------------
 
@@ -140,15 +141,17 @@ class Supervisor:
             logger.info("draining: running requests may finish, new ones are refused; a second signal stops at once")
             self._send(self._of_kind("http"), Drain())
             self._send_health()
+            self._stir()
         else:
             logger.info("stopping at once")
             for worker in self._of_kind("http"):
-                worker.take_pulse()
+                worker.take_pulse(time.monotonic())
             self._finished.set_result(1 if self._in_flight() else 0)
 
     async def stop(self) -> None:
         """End every worker: those that serve by message, the others and the stragglers by force."""
         self._stopping = True
+        self._end_rest()
         self._next_tick.cancel()
         self._send(self._workers.values(), Shutdown())
         for worker in self._workers.values():
@@ -255,6 +258,7 @@ class Supervisor:
                 logger.error("%s", details.rstrip())
             self._send_health()
             self._restart_when_due(worker, time.monotonic())
+            self._stir()
 
     def _can_do_without(self, worker: WorkerRecord) -> bool:
         """Whether another replica serves, which must not end because this one cannot live."""
@@ -275,14 +279,34 @@ class Supervisor:
 
     # ---- watching ---------------------------------------------------------------------------------------------------
 
+    def _tick_after(self, seconds: float) -> None:
+        self._tick_due_at = time.monotonic() + seconds
+        self._next_tick = self._loop.call_later(seconds, self._tick)
+
+    def _rest(self) -> None:
+        self._resting = True
+        self._launcher.watch(self._stir)
+        self._tick_after(REST_SECONDS)
+
+    def _end_rest(self) -> None:
+        if self._resting:
+            self._resting = False
+            self._launcher.unwatch()
+
+    def _stir(self) -> None:
+        """Come round at once if everyone rests: something has happened."""
+        if self._resting:
+            self._end_rest()
+            self._next_tick.cancel()
+            self._next_tick = self._loop.call_soon(self._tick)
+
     def _tick(self) -> None:
-        self._next_tick = self._loop.call_later(TICK_SECONDS, self._tick)
+        self._end_rest()
         now = time.monotonic()
-        if now - self._ticked_at > OWN_GAP_SECONDS:
+        if now - self._tick_due_at > OWN_GAP_SECONDS:
             self._watched_since = now
-        self._ticked_at = now
         for worker in self._workers.values():
-            worker.take_pulse()
+            worker.take_pulse(now)
             if worker.state is State.DEAD:
                 self._restart_when_due(worker, now)
             elif worker.state is State.READY:
@@ -293,8 +317,19 @@ class Supervisor:
                     worker.process.kill()
             elif now - worker.started_at > self._config.startup_timeout:
                 self._fail_late_start(worker)
-        if self._problems(now) != self._told or now - self._told_at > HEALTH_SECONDS:
+        problems = self._problems(now)
+        if problems != self._told:
             self._send_health()
+        else:
+            health = self._health(now, problems)
+            for worker in self._of_kind("http"):
+                # While it rests it would not take them away.
+                if worker.process is not None and not worker.rests_until:
+                    worker.process.leave(health)
+        if not problems and all(worker.may_rest(now) for worker in self._workers.values()):
+            self._rest()
+        else:
+            self._tick_after(TICK_SECONDS)
         if self._drain_deadline is not None and not self._finished.done():
             if self._drained():
                 self._finished.set_result(0)
@@ -325,10 +360,14 @@ class Supervisor:
         return [problem for problem in problems if problem]
 
     def _send_health(self) -> None:
-        now = self._told_at = time.monotonic()
+        now = time.monotonic()
+        for worker in self._workers.values():
+            worker.take_pulse(now)
         self._told = self._problems(now)
-        workers = {worker.name: worker.health(now) for worker in self._workers.values()}
-        self._send(self._of_kind("http"), Health(self._told, workers))
+        self._send(self._of_kind("http"), self._health(now, self._told))
+
+    def _health(self, now: float, problems: list[str]) -> Health:
+        return Health(problems, {worker.name: worker.health(now) for worker in self._workers.values()})
 
     def _of_kind(self, kind: str) -> list[WorkerRecord]:
         return [worker for worker in self._workers.values() if worker.kind == kind]

@@ -25,6 +25,7 @@ from minisgl.config import WorkerSpec
 from minisgl.log import setup_logging
 from minisgl.messages import (
     Failed,
+    Health,
     Heartbeat,
     Hello,
     JsonObject,
@@ -35,10 +36,12 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
-from minisgl.pulse import beat
+from minisgl.pulse import leave, take
 
 HEARTBEAT_SECONDS = 0.4
-IDLE_MS = 5000
+REST_SECONDS = 60.0
+"""How long a worker that waits for messages may go without a heartbeat."""
+IDLE_MS = 60_000
 """Longest sleep of an idle main loop. Nothing needs it to come round: it is there for what nobody has thought of."""
 
 PROCESS_KINDS = {
@@ -68,6 +71,9 @@ class Worker:
         self._pulse = pulse
         self._last_tick: int | None = time.monotonic_ns()
         """None while the main loop waits for messages."""
+        self._rests = False
+        """While the heart pauses, until `_stirred`."""
+        self._stirred = threading.Event()
 
     def open_inbox(self, *accepts: type[Message]) -> Inbox:
         """Bind the inbox and say Hello. Call it first: peers may send as soon as the supervisor announces us."""
@@ -87,23 +93,49 @@ class Worker:
         gc.collect()
         gc.freeze()
         self.tick()
+        # Whoever hears of it at once hears what the stats are as well.
+        self.beat()
         self._supervisor.send(Ready(self.spec.name, self.spec.epoch, info or {}))
 
     def tick(self) -> None:
         """The main loop came round. Its age is how the supervisor tells a stuck loop from an idle one."""
         self._last_tick = time.monotonic_ns()
+        if self._rests:
+            self._rests = False
+            self._stirred.set()
+            # By this thread: the other one may never get to run, if what comes now does not let go of the interpreter.
+            self.beat()
+
+    def idle(self) -> None:
+        """The main loop waits for messages from here to the next `tick`: it is not stuck."""
+        self._last_tick = None
 
     def wait(self, timeout_ms: int = IDLE_MS) -> bool:
-        """Wait until the inbox has something, at most `timeout_ms`. A loop that waits here is idle, not stuck."""
-        self._last_tick = None
+        """Wait, idle, until the inbox has something, at most `timeout_ms`."""
+        self.idle()
         try:
             return self.inbox.wait(timeout_ms)
         finally:
             self.tick()
 
     def beat(self) -> None:
-        """Leave a heartbeat for the supervisor's next round: each HEARTBEAT_SECONDS, and when `stats` are news."""
-        beat(self._pulse, self.heartbeat())
+        """Leave a heartbeat for the supervisor's next round, because `stats` are news."""
+        leave(self._pulse, self.heartbeat())
+
+    def keep_beating(self) -> None:
+        """The heart: a heartbeat each HEARTBEAT_SECONDS, but a rest while nothing happens. Never returns."""
+        told: JsonObject | None = None
+        while True:
+            self._stirred.clear()
+            # First of all: a main loop that stirs from here on ends the rest, even before it begins.
+            self._rests = True
+            heartbeat = self.heartbeat()
+            self._rests = heartbeat.rests = self._rests and self._last_tick is None and heartbeat.stats == told
+            told = heartbeat.stats
+            leave(self._pulse, heartbeat)
+            if heartbeat.rests:
+                self._stirred.wait(REST_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
 
     def heartbeat(self) -> Heartbeat:
         stats = dict(self.stats)
@@ -111,7 +143,11 @@ class Worker:
             stats["frames_dropped"] = sum(self.inbox.dropped.values())
         last_tick, now = self._last_tick, time.monotonic_ns()
         loop_age_us = (now - last_tick) // 1000 if last_tick is not None else 0
-        return Heartbeat(self.spec.name, self.spec.epoch, now, loop_age_us, stats)
+        return Heartbeat(self.spec.name, self.spec.epoch, now, loop_age_us, False, stats)
+
+    def health_reports(self) -> list[Health]:
+        """For http: what the supervisor has left here since the last call, oldest first."""
+        return take(self._pulse, Health)
 
     def failed(self, error: BaseException) -> None:
         message = " ".join(str(error).split())
@@ -145,7 +181,7 @@ def run_worker(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     setup_logging(spec.name, spec.config.log_level)
     worker = Worker(spec, pulse, listen_socket)
-    threading.Thread(target=_send_heartbeats, args=(worker,), name="heartbeat", daemon=True).start()
+    threading.Thread(target=worker.keep_beating, name="heartbeat", daemon=True).start()
     try:
         importlib.import_module(PROCESS_KINDS[spec.kind]).main(worker)
     except BaseException as error:
@@ -174,9 +210,3 @@ def _die_with_launcher(life_line: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         life_line.recv_bytes()
     os._exit(1)
-
-
-def _send_heartbeats(worker: Worker) -> None:
-    while True:
-        worker.beat()
-        time.sleep(HEARTBEAT_SECONDS)

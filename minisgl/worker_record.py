@@ -9,6 +9,7 @@ from minisgl.channels import Outbox
 from minisgl.config import ServerConfig
 from minisgl.launcher import WorkerProcess
 from minisgl.messages import Failed, JsonObject
+from minisgl.worker import REST_SECONDS
 
 MAX_DEATHS = 5
 DEATH_WINDOW_SECONDS = 60.0
@@ -65,6 +66,10 @@ class WorkerRecord:
     heard_at: float = 0.0
     loop_age: float = 0.0
     """Age of its main loop's last round when it was last heard."""
+    rests_until: float = 0.0
+    """It waits for messages, and its next heartbeat may take until then; 0.0 while it works."""
+    suspended: bool = False
+    """While it rested, the system had stopped it when last looked at."""
     stage: str = ""
     info: JsonObject = field(default_factory=dict)
     stats: JsonObject = field(default_factory=dict)
@@ -85,13 +90,26 @@ class WorkerRecord:
         self.process, self.address = process, address
         self.started_at = self.heard_at = now
         self.loop_age, self.stage, self.hang, self.last_words = 0.0, "", "", None
+        self.rests_until, self.suspended = 0.0, False
         self.info, self.stats = {}, {}
 
-    def take_pulse(self) -> None:
+    def take_pulse(self, now: float) -> None:
         """Read the heartbeats of the current life, if there is one."""
-        for heartbeat in self.process.heartbeats() if self.process is not None else ():
-            self.heard_at = max(self.heard_at, heartbeat.sent_ns / 1e9)
+        if self.process is None:
+            return
+        for heartbeat in self.process.heartbeats():
+            sent_at = heartbeat.sent_ns / 1e9
+            self.heard_at = max(self.heard_at, sent_at)
+            self.rests_until = sent_at + REST_SECONDS + self.limits.silence if heartbeat.rests else 0.0
             self.loop_age, self.stats = heartbeat.loop_age_us / 1e6, heartbeat.stats
+        was_suspended, self.suspended = self.suspended, now < self.rests_until and self.process.stopped
+        # While it rests, that the system has not stopped it is the sign of life.
+        if now < self.rests_until and not (was_suspended and self.suspended):
+            self.heard_at = now
+
+    def may_rest(self, now: float) -> bool:
+        """Whether it is enough to look at it again when it stirs."""
+        return self.state is State.READY and now < self.rests_until and not self.suspended
 
     def end(self, now: float, cause: str) -> None:
         """The current life is over."""

@@ -5,6 +5,7 @@ A stand-in reads its orders from files in the model directory, named `<worker>.<
     slow          at load: never become ready
     stuck         while serving: the main loop does not come round while the file is there
     stats         while serving: JSON to report as worker.stats
+    calm          while serving: wait for messages and for nothing else, as the real ones do
 It writes what it is told to `<worker>.<epoch>.seen`, one JSON array a line.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from minisgl.config import WorkerSpec
 from minisgl.messages import Drain, Health, Shutdown, WorkerDown, WorkerUp
-from minisgl.worker import PROCESS_KINDS, Worker, run_worker
+from minisgl.worker import IDLE_MS, PROCESS_KINDS, Worker, run_worker
 
 
 def run_standin(packed_spec: bytes, life_line: Connection, pulse: socket, listen_socket: socket | None = None) -> None:
@@ -49,8 +50,8 @@ def main(worker: Worker) -> None:
                 time.sleep(0.05)
             worker.tick()
             worker.stats.update(json.loads(read(orders / f"{name}.stats") or "{}"))
-            worker.wait(200)
-            for message in inbox.drain():
+            worker.wait(IDLE_MS if (orders / f"{name}.calm").exists() else 200)
+            for message in (*worker.health_reports(), *inbox.drain()):
                 seen.write(json.dumps([type(message).__name__, *message.pack(), time.monotonic()]) + "\n")
                 seen.flush()
                 worker.stats["draining"] = worker.stats.get("draining", False) or isinstance(message, Drain)

@@ -162,11 +162,11 @@ BY_TYPE: dict[type[Any], st.SearchStrategy[Any]] = {
     Hello: st.builds(Hello, text, int64, int64, text),
     Progress: st.builds(Progress, text, int64, text, int64, int64),
     Ready: st.builds(Ready, text, int64, json_objects),
-    Heartbeat: st.builds(Heartbeat, text, int64, int64, int64, json_objects),
+    Heartbeat: st.builds(Heartbeat, text, int64, int64, int64, st.booleans(), json_objects),
     Failed: st.builds(Failed, text, int64, text, text),
     WorkerUp: st.builds(WorkerUp, text, int64, text),
     WorkerDown: st.builds(WorkerDown, text, int64, text),
-    Health: st.builds(Health, st.lists(text, max_size=3), json_objects),
+    Health: st.builds(Health, st.lists(text, max_size=3), json_objects, int64),
     Drain: st.builds(Drain),
     Shutdown: st.builds(Shutdown),
 }

@@ -18,7 +18,7 @@ import pytest
 from standin_workers import run_standin, seen
 from worker_process import ONE_OF_EACH
 
-from minisgl.channels import Outbox
+from minisgl.channels import Outbox, ipc_address
 from minisgl.config import ModelSpec, ServerConfig
 from minisgl.host import run_directory
 from minisgl.launcher import LaunchFailed, LocalLauncher
@@ -28,14 +28,31 @@ from minisgl.supervisor import Supervisor
 WORKERS = {"http-0", "tokenizer-0", "detokenizer-0", "scheduler-0"}
 
 
+class WatchedLauncher(LocalLauncher):
+    """Tells whether the supervisor rests, and how often it has been stirred."""
+
+    watching = False
+    stirred = 0
+
+    def watch(self, on_sign: Callable[[], None]) -> None:
+        self.watching = True
+        super().watch(on_sign)
+
+    def unwatch(self) -> None:
+        self.watching = False
+        self.stirred += 1
+        super().unwatch()
+
+
 class Stack:
     """A supervisor over stand-in workers, and what its http worker hears."""
 
     def __init__(
-        self, orders: Path, run_dir: str, launcher: LocalLauncher, config: ServerConfig, replicas: int
+        self, orders: Path, run_dir: str, launcher: WatchedLauncher, config: ServerConfig, replicas: int
     ) -> None:
         self.orders = orders
         self.run_dir = run_dir
+        self.launcher = launcher
         self.stages: list[tuple[str, str, int, int]] = []
         model = ModelSpec(str(orders), "standin", "standin", 1024, 100, (0,), "None")
         self.supervisor = Supervisor(config, model, replicas, launcher, lambda *stage: self.stages.append(stage))
@@ -46,13 +63,21 @@ class Stack:
         self.supervisor.serving()
         await until(lambda: self.health() is not None and not self.problems())
 
+    async def rest(self, calm: bool) -> None:
+        """Wait until everyone rests, if they are calm enough to."""
+        if calm:
+            await until(lambda: self.launcher.watching)
+
     def order(self, name: str, text: str = "") -> None:
         (self.orders / name).write_text(text)
 
     def health(self) -> tuple[list[str], dict[str, Any]] | None:
         """The last Health message that http-0 got."""
         messages = seen(self.orders, "http-0", 1, Health)
-        return (messages[-1][1], messages[-1][2]) if messages else None
+        if not messages:
+            return None
+        _, problems, workers, *_ = max(messages, key=lambda message: message[3])
+        return problems, workers
 
     def problems(self) -> list[str]:
         health = self.health()
@@ -71,9 +96,11 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(orders: Path, replicas: int = 1, **settings: Any) -> AsyncIterator[Stack]:
+async def stack(orders: Path, replicas: int = 1, calm: bool = False, **settings: Any) -> AsyncIterator[Stack]:
     with run_directory() as run_dir:
-        launcher = LocalLauncher(run_dir, [None] * 4, entry_point=run_standin)  # type: ignore[list-item]
+        for name in WORKERS if calm else ():
+            (orders / f"{name}.calm").touch()
+        launcher = WatchedLauncher(run_dir, [None] * 4, entry_point=run_standin)  # type: ignore[list-item]
         config = ServerConfig(**{**ONE_OF_EACH, **settings})
         running = Stack(orders, run_dir, launcher, config, replicas)
         try:
@@ -157,7 +184,7 @@ def test_a_dead_worker_is_reported_and_restarted_with_a_new_epoch(tmp_path: Path
 
 
 def first_problem(orders: Path, since: float) -> list[str]:
-    return next(line[1] for line in seen(orders, "http-0", 1, Health) if line[1] and line[3] > since)
+    return next(line[1] for line in seen(orders, "http-0", 1, Health) if line[1] and line[-1] > since)
 
 
 @pytest.mark.parametrize(
@@ -255,30 +282,56 @@ def test_a_replica_that_cannot_be_restarted_does_not_end_the_others(tmp_path: Pa
     run(scenario)
 
 
+@pytest.mark.parametrize("calm", [False, True], ids=["busy", "at rest"])
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_death_or_a_hang_is_told_within_a_second(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_death_or_a_hang_is_told_within_a_second(how: signal.Signals, calm: bool, tmp_path: Path) -> None:
     """The best of a few: a busy machine may hold up any one of them, a rule that waits too long all of them."""
 
     async def scenario() -> None:
-        async with stack(tmp_path, hang_timeout=10.0) as running:
+        async with stack(tmp_path, calm=calm, hang_timeout=10.0) as running:
             await running.serve()
             taken: list[float] = []
             while len(taken) < 4 and min(taken, default=1.0) >= 1.0:
                 await until(lambda: not running.problems())
+                await running.rest(calm)
                 pid = running.pid("scheduler-0")
                 os.kill(pid, how)
                 taken.append(await until(running.problems))
+                told = running.problems()
+                assert len(told) == 1 and told[0].startswith("scheduler-0 "), "nobody else is to blame"
                 if how == signal.SIGSTOP:
                     os.kill(pid, signal.SIGCONT)
             assert min(taken) < 1.0
+            await until(lambda: not running.problems())
+            assert running.health()[1]["scheduler-0"]["restarts"] == (len(taken) if how == signal.SIGKILL else 0)
 
     run(scenario)
 
 
-def test_a_stopped_process_is_reported_then_replaced(tmp_path: Path) -> None:
+def test_a_stack_without_work_rests_until_something_happens(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stack(tmp_path, hang_timeout=2.0) as running:
+        async with stack(tmp_path, calm=True) as running:
             await running.serve()
+            await running.rest(True)
+            stirred = running.launcher.stirred
+            await asyncio.sleep(2.0)
+            assert running.launcher.watching and running.launcher.stirred == stirred
+            outbox = Outbox(ipc_address(running.run_dir, "tokenizer-0", 1))
+            outbox.send(Drain())
+            assert await until(lambda: running.launcher.stirred > stirred) < 2.0
+            outbox.close()
+            await running.rest(True)
+            assert not running.problems()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("calm", [False, True], ids=["busy", "at rest"])
+def test_a_stopped_process_is_reported_then_replaced(calm: bool, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, calm=calm, hang_timeout=2.0) as running:
+            await running.serve()
+            await running.rest(calm)
             os.kill(running.pid("scheduler-0"), signal.SIGSTOP)
             assert await until(running.problems) < 2.0
             assert re.match(r"scheduler-0 has not answered for [01]\.", running.problems()[0])
@@ -349,6 +402,17 @@ def test_a_drain_waits_for_the_requests_in_flight(tmp_path: Path) -> None:
             assert not stopped.done()
             running.order("http-0.stats", json.dumps({"in_flight": 0}))
             assert await asyncio.wait_for(stopped, 30) == 0
+
+    run(scenario)
+
+
+def test_a_drain_ends_the_rest(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, calm=True) as running:
+            await running.serve()
+            await running.rest(True)
+            running.supervisor.request_stop()
+            assert await asyncio.wait_for(running.supervisor.wait_stopped(), 5) == 0
 
     run(scenario)
 

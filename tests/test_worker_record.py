@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from minisgl.config import ServerConfig
+from minisgl.messages import Health, Heartbeat
+from minisgl.worker import REST_SECONDS
 from minisgl.worker_record import Limits, State, WorkerRecord
 
 AWAKE_ALL_THE_TIME = float("-inf")
@@ -15,13 +17,23 @@ AWAKE_ALL_THE_TIME = float("-inf")
 class NoProcess:
     pid = 4711
 
+    def __init__(self, *heartbeats: Heartbeat) -> None:
+        self._heartbeats = list(heartbeats)
+        self.stopped = False
+
     def kill(self) -> None: ...
 
+    def heartbeats(self) -> list[Heartbeat]:
+        waiting, self._heartbeats = self._heartbeats, []
+        return waiting
 
-def ready_worker(kind: str = "tokenizer", **settings: Any) -> WorkerRecord:
+    def leave(self, health: Health) -> None: ...
+
+
+def ready_worker(kind: str = "tokenizer", process: NoProcess | None = None, **settings: Any) -> WorkerRecord:
     """A worker that was last heard at 100.0."""
     worker = WorkerRecord(kind, 0, Limits.of(kind, ServerConfig(**settings)), epoch=1)
-    worker.begin(90.0, NoProcess(), "ipc:///somewhere")
+    worker.begin(90.0, process or NoProcess(), "ipc:///somewhere")
     worker.state, worker.heard_at = State.READY, 100.0
     return worker
 
@@ -65,6 +77,46 @@ def test_only_the_time_the_supervisor_was_awake_counts() -> None:
     assert not worker.hang_verdict(160.0, watched_since=159.8)
     assert worker.problem(161.0, watched_since=159.8) == "tokenizer-0 has not answered for 1.2 s"
     assert worker.hang_verdict(170.0, watched_since=159.8)
+
+
+def heartbeat(at: float, rests: bool) -> Heartbeat:
+    return Heartbeat("tokenizer-0", 1, int(at * 1e9), 0, rests, {})
+
+
+def test_a_worker_that_rests_is_alive_until_its_next_heartbeat_is_due() -> None:
+    worker = ready_worker(process=NoProcess(heartbeat(101.0, False), heartbeat(101.4, True)))
+    for now in (101.5, 130.0, 101.4 + REST_SECONDS):
+        worker.take_pulse(now)
+        assert worker.may_rest(now) and not worker.problem(now, AWAKE_ALL_THE_TIME)
+    late = 101.4 + REST_SECONDS + 1.5
+    worker.take_pulse(late)
+    assert not worker.may_rest(late)
+    assert worker.problem(late, AWAKE_ALL_THE_TIME) == "tokenizer-0 has not answered for 1.5 s"
+
+
+def test_the_silence_of_a_worker_that_has_stirred_counts() -> None:
+    worker = ready_worker(process=NoProcess(heartbeat(101.4, True), heartbeat(120.0, False)))
+    worker.take_pulse(120.1)
+    assert not worker.may_rest(120.1) and not worker.problem(120.1, AWAKE_ALL_THE_TIME)
+    worker.take_pulse(121.0)
+    assert worker.problem(121.0, AWAKE_ALL_THE_TIME) == "tokenizer-0 has not answered for 1.0 s"
+
+
+def test_a_resting_worker_that_the_system_has_stopped_is_silent_from_then_on() -> None:
+    process = NoProcess(heartbeat(101.4, True))
+    worker = ready_worker(process=process)
+    worker.take_pulse(101.5)
+    process.stopped = True
+    worker.take_pulse(130.0)
+    assert not worker.may_rest(130.0)
+    assert not worker.problem(130.0, AWAKE_ALL_THE_TIME), "a moment ago it was seen to live"
+    worker.take_pulse(130.8)
+    assert worker.problem(130.8, AWAKE_ALL_THE_TIME) == "tokenizer-0 has not answered for 0.8 s"
+    worker.take_pulse(141.0)
+    assert worker.hang_verdict(141.0, AWAKE_ALL_THE_TIME) == "hung: no answer for 11.0 s"
+    process.stopped = False
+    worker.take_pulse(141.1)
+    assert worker.may_rest(141.1) and not worker.problem(141.1, AWAKE_ALL_THE_TIME)
 
 
 def test_restarts_back_off_and_are_forgiven() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -35,12 +36,13 @@ from minisgl.messages import (
     WorkerDown,
     WorkerUp,
 )
-from minisgl.worker import Worker
+from minisgl.worker import IDLE_MS, Worker
 
 if TYPE_CHECKING:
     from minisgl.http.tracing import RequestTracer
 
 TICK_SECONDS = 0.5
+IDLE_SECONDS = IDLE_MS / 1e3
 
 
 def main(worker: Worker) -> None:
@@ -58,7 +60,7 @@ class HttpProcess:
         self._streams = Streams(worker.spec, self._tracer)
         self._questions = Questions(worker.spec)
         self._neighbours = Neighbours(worker.spec)
-        self._health = HealthView()
+        self._health = HealthView(worker.health_reports)
         self._crash: Exception | None = None
         self._service = Service(
             worker.spec, self._streams, self._questions, self._neighbours, self._accounts, self._health
@@ -77,7 +79,7 @@ class HttpProcess:
             timeout_keep_alive=65,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Server(config, on_listening=self._listening, on_tick=self._tick)
+        self._server = _Server(config, self._listening, self._tick, on_rest=worker.idle, on_stir=self._stir)
 
     async def run(self) -> None:
         """Serve until Shutdown; raises what went wrong in the dispatcher, if anything did."""
@@ -102,15 +104,25 @@ class HttpProcess:
     def _listening(self) -> None:
         self._worker.ready()
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
+        """Whether there is no reason to come round again before something happens."""
         self._worker.tick()
         self._streams.drop_stalled()
         self._streams.figures.tick()
+        may_rest = self._health.may_rest()
+        self._streams.elsewhere = self._health.streams_of_others(self._worker.spec.name)
+        before = dict(self._worker.stats)
         self._worker.stats.update(self._accounts.snapshot(), **self._streams.snapshot())
         if self._worker.spec.config.http_workers > 1:
             self._worker.stats["figures"] = self._streams.figures.snapshot()
+        return may_rest and self._worker.stats == before
+
+    def _stir(self) -> None:
+        self._worker.tick()
+        self._health.awake()
 
     def _on_messages(self, messages: list[Message]) -> None:
+        self._server.stir()
         try:
             for message in messages:
                 self._handle(message)
@@ -175,29 +187,54 @@ def _tracer(spec: WorkerSpec) -> RequestTracer | None:
 class _Server(uvicorn.Server):
     """uvicorn with our Acceptor, without its signal handlers (the launcher has them).
 
-    It calls `on_listening` once, and `on_tick` each TICK_SECONDS while it serves.
+    It calls `on_listening` once, and `on_tick` each TICK_SECONDS while it serves. When that has returned True and
+    nobody is connected it rests: it calls `on_rest`, ticks again once it is stirred, and calls `on_stir` first.
     """
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None], on_tick: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_listening: Callable[[], None],
+        on_tick: Callable[[], bool],
+        on_rest: Callable[[], None],
+        on_stir: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._on_listening = on_listening
         self._on_tick = on_tick
+        self._on_rest = on_rest
+        self._on_stir = on_stir
+        self._rests = False
         self._acceptors: list[Acceptor] = []
-        self._stopped = asyncio.Event()
+        self._next_round = asyncio.Event()
 
     def stop(self) -> None:
         """End `serve`."""
         self.should_exit = True
-        self._stopped.set()
+        self._next_round.set()
+
+    def stir(self) -> None:
+        """Somebody has connected, or a message has come."""
+        if self._rests:
+            self._rests = False
+            self._on_stir()
+            # The first answer may be on its way before the next round.
+            date = formatdate(usegmt=True).encode()
+            self.server_state.default_headers = [(b"date", date), *self.config.encoded_headers]
+            self._next_round.set()
 
     async def main_loop(self) -> None:
-        # uvicorn looks ten times a second whether it is to end, and at each tenth brings the Date header up to date.
-        counter = 0
-        while not await self.on_tick(counter):
-            self._on_tick()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), TICK_SECONDS)
-            counter += round(TICK_SECONDS * 10)
+        loop = asyncio.get_running_loop()
+        # As uvicorn does: look whether to end, and bring the Date header up to date, which it does at each tenth call.
+        while not await self.on_tick(0):
+            self._rests = self._on_tick() and not self.server_state.connections
+            if self._rests:
+                self._on_rest()
+            self._next_round.clear()
+            timer = loop.call_later(IDLE_SECONDS if self._rests else TICK_SECONDS, self._next_round.set)
+            await self._next_round.wait()
+            timer.cancel()
+            self.stir()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
@@ -210,7 +247,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets=sockets)
 
     def _make_protocol(self) -> BoundedHttpProtocol:
-        return BoundedHttpProtocol(self.config, self.server_state, self.lifespan.state)
+        return BoundedHttpProtocol(self.config, self.server_state, self.lifespan.state, self.stir)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,14 +6,18 @@ HTTP in the API's error shape. `Edge`, the outermost ASGI application, gives eve
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
+import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from minisgl.http.errors import ApiError, to_json
 from minisgl.http.security import Gate
@@ -28,9 +32,25 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with a bound on heads, trailers and chunk extensions."""
+    """uvicorn's HTTP/1.1 protocol with a bound on heads, trailers and chunk extensions.
 
-    _unproductive_bytes = 0
+    It calls `on_connected` once its connection is there.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        on_connected: Callable[[], None],
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._on_connected = on_connected
+        self._unproductive_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._on_connected()
 
     def data_received(self, data: bytes) -> None:
         self._unproductive_bytes += len(data)

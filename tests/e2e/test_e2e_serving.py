@@ -105,9 +105,9 @@ def test_the_ready_notice_says_what_where_and_how(server: RealServer) -> None:
 
 
 def test_an_idle_stack_hardly_wakes(server: RealServer) -> None:
-    """On a machine where each costs a millisecond, 30 times a second are 3 % of a core.
+    """On a machine where each costs ten milliseconds, three times a second are 3 % of a core.
 
-    Waking is counted, not timed: what it costs is the machine's affair. Some 23 are foreseen.
+    Waking is counted, not timed: what it costs is the machine's affair. Some five a minute and process are foreseen.
     """
 
     def woken() -> int:
@@ -122,8 +122,8 @@ def test_an_idle_stack_hardly_wakes(server: RealServer) -> None:
     # Kernels, memory and caches are prepared in the first idle seconds.
     time.sleep(3)
     before, started = woken(), time.monotonic()
-    time.sleep(5)
-    assert (woken() - before) / (time.monotonic() - started) < 40
+    time.sleep(10)
+    assert (woken() - before) / (time.monotonic() - started) < 3
 
 
 def test_the_notices_curl_command_works(server: RealServer) -> None:

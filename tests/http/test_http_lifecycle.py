@@ -6,12 +6,13 @@ import json
 import random
 import threading
 import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
-from http_rig import Rig, lines, running
+from http_rig import WAIT_SECONDS, Rig, lines, running
 from worker_process import ONE_OF_EACH
 
 from minisgl.config import ModelSpec, ServerConfig, WorkerSpec
@@ -60,16 +61,65 @@ def test_health_tells_what_the_supervisor_says_and_when_it_is_silent() -> None:
         assert told(Health([sick], {})) == (503, {"status": "unhealthy", "problems": [sick], "workers": {}})
         assert told(Health([], workers))[0] == 200
         time.sleep(1.1)
-        status, body = rig.get("/health")
+        # After a rest the supervisor has a second to come round, too.
+        told_at = time.monotonic()
+        while (answer := rig.get("/health"))[0] == 200:
+            assert time.monotonic() < told_at + 20
+            time.sleep(0.05)
+        status, body = answer
         assert status == 503
-        assert "silent" in body["problems"][0]
+        assert body["problems"][0].startswith("the supervisor has been silent for 1.")
+        time.sleep(0.7)
+        assert rig.get("/health")[0] == 503, "it does not rest in the meantime"
 
 
 def test_health_before_the_first_report() -> None:
-    view = HealthView()
+    view = HealthView(list)
     assert view.problems() == ["the supervisor has not reported yet"]
+    assert not view.may_rest()
     view.take(Health([], {"http-0": {}}))
     assert (view.problems(), view.workers()) == ([], {"http-0": {}})
+    assert view.may_rest()
+
+
+def test_health_is_the_last_word_by_whichever_way_it_came() -> None:
+    left = [Health([], {"http-0": {"pid": 1}}), Health([], {"http-0": {"pid": 2}})]
+    news = Health(["scheduler-0 died"], {})
+    waiting = [*left]
+
+    def take() -> list[Health]:
+        taken = waiting[:]
+        waiting.clear()
+        return taken
+
+    view = HealthView(take)
+    view.take(news)
+    assert view.problems() == ["scheduler-0 died"], "what was left before it is older"
+    waiting.append(Health([], {"http-0": {"pid": 3}}))
+    assert (view.problems(), view.workers()) == ([], {"http-0": {"pid": 3}})
+
+
+def test_a_silent_supervisor_is_given_time_when_a_rest_ends() -> None:
+    now = time.monotonic_ns()
+    view = HealthView(list)
+    view.take(Health([], {}, now - 30 * 10**9))
+    assert view.problems()[0].startswith("the supervisor has been silent for 30.")
+    view.awake()
+    assert view.problems() == [] and not view.may_rest()
+
+
+def test_the_first_answer_after_a_rest_tells_the_present_time() -> None:
+    with running() as rig:
+        deadline = time.monotonic() + WAIT_SECONDS
+        rig.pulse.take()
+        while not any(beat.rests for beat in rig.pulse.take()):
+            assert time.monotonic() < deadline, "without a connection it rests"
+            rig.healthy()
+            time.sleep(0.9)
+        time.sleep(2.5)
+        answer, asked_at = rig.post({}), time.time()
+        date = answer.getresponse().headers["date"]
+        assert asked_at - 1.5 < parsedate_to_datetime(date).timestamp() <= asked_at + 1.0
 
 
 def test_model_info_names_the_model() -> None:

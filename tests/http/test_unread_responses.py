@@ -34,7 +34,7 @@ def test_who_reads_gets_all_and_who_does_not_is_given_up(
         config = uvicorn.Config(answer, http=BoundedHttpProtocol, lifespan="off", log_config=None)  # type: ignore[arg-type]
         config.load()
         state, loop = ServerState(), asyncio.get_running_loop()
-        server = await loop.create_server(lambda: BoundedHttpProtocol(config, state, {}), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: BoundedHttpProtocol(config, state, {}, lambda: None), "127.0.0.1", 0)
         with socket.create_connection(server.sockets[0].getsockname()) as client:
             client.setblocking(False)
             await loop.sock_sendall(client, f"GET / HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode())
