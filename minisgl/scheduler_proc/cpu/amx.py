@@ -279,6 +279,30 @@ def score(blocks, count, depths, queries, scores):
 
 
 @compiled
+def score_two(blocks, count, depths, queries, others, scores, other_scores):
+    """Products of keys with two tiles of queries; see instructions.py. Keys come from afar, so each is loaded once."""
+    for block in range(0, count, 2):
+        zero_0()
+        zero_1()
+        zero_2()
+        zero_3()
+        for depth in range(depths):
+            load_keys(get_long(blocks, block) + depth * TILE_BYTES, LINE)
+            load_queries(queries + depth * TILE_BYTES, LINE)
+            score_0()
+            load_queries(others + depth * TILE_BYTES, LINE)
+            score_2()
+            load_keys(get_long(blocks, block + 1) + depth * TILE_BYTES, LINE)
+            score_3()
+            load_queries(queries + depth * TILE_BYTES, LINE)
+            score_1()
+        store_0(scores + block * 1024, LINE)
+        store_1(scores + block * 1024 + 1024, LINE)
+        store_2(other_scores + block * 1024, LINE)
+        store_3(other_scores + block * 1024 + 1024, LINE)
+
+
+@compiled
 def sum_values(blocks, count, offset, columns, weights, sums):
     """Weighted sums of values; see instructions.py."""
     zero_0()
@@ -309,3 +333,27 @@ def sum_values(blocks, count, offset, columns, weights, sums):
             sum_1()
     store_0(sums, LINE)
     store_1(sums + 1024, LINE)
+
+
+@compiled
+def sum_values_two(blocks, count, offset, weights, other_weights, sums, other_sums):
+    """Sums of 32 columns of values, with two tiles of weights; see instructions.py."""
+    zero_0()
+    zero_1()
+    zero_2()
+    zero_3()
+    for block in range(count):
+        values = get_long(blocks, block) + offset
+        load_values(values, 32)
+        load_weights(weights + block * 512, LINE)
+        sum_0()
+        load_weights(other_weights + block * 512, LINE)
+        sum_2()
+        load_values(values + 512, 32)
+        sum_3()
+        load_weights(weights + block * 512, LINE)
+        sum_1()
+    store_0(sums, LINE)
+    store_1(sums + 1024, LINE)
+    store_2(other_sums, LINE)
+    store_3(other_sums + 1024, LINE)

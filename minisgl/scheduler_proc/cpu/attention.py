@@ -5,7 +5,7 @@ transposed, [head_dim, 16], so that both can be multiplied as they lie. Scores c
 queries]: the softmax then runs down columns, sixteen at a time.
 
 Tiles of the same tokens' other heads, and of the next tokens, need the same keys. Some are computed together, so
-that these are read from memory once.
+that these are read from memory once, and two at a time, so that both get them from the second-level cache at once.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.scheduler_proc.cpu.compiler import compiled, inlined
-from minisgl.scheduler_proc.cpu.instructions import score, sum_values
+from minisgl.scheduler_proc.cpu.instructions import score, score_two, sum_values, sum_values_two
+from minisgl.scheduler_proc.cpu.intrinsics import prefetch_far
 from minisgl.scheduler_proc.cpu.memory import (
     get_float,
     get_int,
+    get_long,
     get_word,
     set_float,
     set_int,
@@ -24,13 +26,11 @@ from minisgl.scheduler_proc.cpu.memory import (
     set_short,
     set_word,
 )
-from minisgl.scheduler_proc.cpu.numbers import LOG2_E, exp2, to_bfloat16
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, place_in_tiles
+from minisgl.scheduler_proc.cpu.numbers import LOG2_E, bfloat16_pair, exp2_below, to_bfloat16
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BLOCKS_AT_ONCE, DEPTH, LINE, SEGMENT, place_in_tiles
 
 TILES_AT_ONCE = 4
 """Tiles that go through the keys together at most."""
-SEGMENT = 256
-"""Keys whose scores are in the first-level cache together."""
 ROWS_A_TURN = 8
 """Keys of one turn of the softmax's loops; a block's 16 are whole turns."""
 COLUMNS_A_TURN = 8
@@ -73,18 +73,31 @@ def _hide(scores, begin, end, first_key, lows, limits):
             set_float(scores, row + query, get_float(scores, row + query) if seen else np.float32(-np.inf))
 
 
+@inlined
+def _ask(blocks, count, lines, first, run):
+    """Ask for lines `first` to `first + run` of a segment's blocks, which have so many each: keys and values."""
+    block = first // lines
+    if block < count:
+        begin = get_long(blocks, block) + first % lines * LINE
+        for line in range(run):
+            prefetch_far(begin + line * LINE)
+
+
 @compiled
-def _weigh(scores, keys, factor, tile, shrinks, weights):
+def _weigh(scores, keys, factor, tile, shrinks, weights, ahead, ahead_count, lines, first, run):
     """One more segment of an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) for 16 queries.
 
     Brings the tile's HIGHEST and TOTALS up to date, sets `shrinks` to what earlier sums have to be multiplied with, and
-    `weights` to 2**(score * factor - highest).
+    `weights` to 2**(score * factor - highest). Meanwhile it asks for memory of the next segment, for which the products
+    leave no time: `run` lines a turn, from `first` on; for the other arguments see `_ask`.
     """
     highests, totals = tile + HIGHEST, tile + TOTALS
     for query in range(BLOCK):
         set_float(shrinks, query, LOWEST)
     # Several rows a turn, so that few turns wait for what the one before has stored.
     for key in range(0, keys, ROWS_A_TURN):
+        _ask(ahead, ahead_count, lines, first, run)
+        first += run
         for query in range(BLOCK):
             top = get_float(shrinks, query)
             for row in range(ROWS_A_TURN):
@@ -93,19 +106,20 @@ def _weigh(scores, keys, factor, tile, shrinks, weights):
     for query in range(BLOCK):
         before = get_float(highests, query)
         now = max(get_float(shrinks, query) * factor, before)
-        shrink = exp2(before - now)
+        shrink = exp2_below(before - now)
         set_float(highests, query, now)
         set_float(shrinks, query, shrink)
         set_float(totals, query, get_float(totals, query) * shrink)
     for key in range(0, keys, ROWS_A_TURN):
+        _ask(ahead, ahead_count, lines, first, run)
+        first += run
         for query in range(BLOCK):
             highest, total = get_float(highests, query), np.float32(0.0)
             for row in range(key, key + ROWS_A_TURN, 2):
-                low = exp2(get_float(scores, row * BLOCK + query) * factor - highest)
-                high = exp2(get_float(scores, (row + 1) * BLOCK + query) * factor - highest)
+                low = exp2_below(get_float(scores, row * BLOCK + query) * factor - highest)
+                high = exp2_below(get_float(scores, (row + 1) * BLOCK + query) * factor - highest)
                 total += low + high
-                both = np.uint32(to_bfloat16(low)) | np.uint32(to_bfloat16(high)) << np.uint32(16)
-                set_word(weights, row // 2 * BLOCK + query, both)
+                set_word(weights, row // 2 * BLOCK + query, bfloat16_pair(low, high))
             set_float(totals, query, get_float(totals, query) + total)
 
 
@@ -199,41 +213,70 @@ def attend(shape, batch, item, kv_head, pool, page_size, window, query, attended
 @inlined
 def _attend_together(shape, tiles, first_tile, kv_head, pages, pool, page_size, scratch):
     """Bring the states of some tiles through all keys that they see: those of the first one's first query, and on."""
-    head_dim, size = 2 * shape.half, _state_bytes(shape.half)
-    factor = LOG2_E / np.sqrt(np.float32(head_dim))
+    size = _state_bytes(shape.half)
     first_key = get_int(first_tile + LOWS, 0) // BLOCK * BLOCK
     end_key = get_int(first_tile + (tiles - 1) * size + LIMITS, BLOCK - 1)
+    here, ahead = scratch.blocks, scratch.blocks + 8 * (SEGMENT // BLOCK)
+    blocks = _find_blocks(shape, first_key, end_key, kv_head, pages, pool, page_size, here)
+    # All turns of all tiles that ask, two for each of a segment's rows, are to ask for what a segment has.
+    asking = 4 if tiles >= 4 else min(tiles, 2)
+    lines = 2 * head_bytes(shape) // LINE
+    run = lines * (SEGMENT // BLOCK) // (2 * (SEGMENT // ROWS_A_TURN) * asking)
     for key in range(first_key, end_key, SEGMENT):
-        blocks = (min(SEGMENT, end_key - key) + BLOCK - 1) // BLOCK
-        page, offset = key // page_size, key % page_size
-        for block in range((blocks + BLOCKS_AT_ONCE - 1) // BLOCKS_AT_ONCE * BLOCKS_AT_ONCE):
-            slot = get_int(pages, page) * page_size + offset
-            keys = pool + slot // BLOCK * block_bytes(shape) + kv_head * 2 * head_bytes(shape)
-            set_long(scratch.blocks, block, keys)
-            # Blocks beyond the last are computed like the last, and not looked at.
-            if block < blocks - 1:
-                offset += BLOCK
-                if offset == page_size:
-                    page, offset = page + 1, 0
-        for number in range(tiles):
-            tile = first_tile + number * size
-            seen = min(blocks, (get_int(tile + LIMITS, BLOCK - 1) - key + BLOCK - 1) // BLOCK)
+        blocks_ahead = _find_blocks(shape, key + SEGMENT, end_key, kv_head, pages, pool, page_size, ahead)
+        for number in range(0, tiles, 2):
+            tile, two = first_tile + number * size, number + 1 < tiles
+            last = tile + size if two else tile
+            # The last tile sees the most.
+            seen = min(blocks, (get_int(last + LIMITS, BLOCK - 1) - key + BLOCK - 1) // BLOCK)
             if seen > 0:
-                _attend_segment(shape, tile, key, seen, factor, scratch)
+                asked = blocks_ahead if number < asking else 0
+                first_line = number * 2 * (SEGMENT // ROWS_A_TURN) * run
+                _attend_segment(shape, tile, two, key, here, seen, ahead, asked, lines, first_line, run, scratch)
+        here, ahead, blocks = ahead, here, blocks_ahead
 
 
 @inlined
-def _attend_segment(shape, tile, key, blocks, factor, scratch):
-    """Bring a tile's state through so many blocks of keys, scratch.blocks, the first of them at position `key`."""
-    head_dim = 2 * shape.half
-    score(scratch, tile + QUERIES, blocks, head_dim // DEPTH)
-    # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
-    hidden = 0 if key < get_int(tile + LOWS, BLOCK - 1) else max(get_int(tile + LIMITS, 0) - key, 0)
-    if hidden < blocks * BLOCK:
-        _hide(scratch.scores, hidden, blocks * BLOCK, key, tile + LOWS, tile + LIMITS)
-    _weigh(scratch.scores, blocks * BLOCK, factor, tile, scratch.shrink, scratch.weights)
-    output = tile + QUERIES + 64 * shape.half
-    for column in range(0, head_dim, 64):
-        width = min(64, head_dim - column)
-        sum_values(scratch, blocks, head_bytes(shape) + column * BLOCK * 2, width)
-        _merge(output + column * BLOCK * 4, scratch.sums, width, scratch.shrink)
+def _find_blocks(shape, key, end_key, kv_head, pages, pool, page_size, target):
+    """Write down where the keys of a segment's blocks are; returns how many there are before `end_key`."""
+    blocks = (min(SEGMENT, max(end_key - key, 0)) + BLOCK - 1) // BLOCK
+    page, offset = key // page_size, key % page_size
+    for block in range((blocks + BLOCKS_AT_ONCE - 1) // BLOCKS_AT_ONCE * BLOCKS_AT_ONCE):
+        slot = get_int(pages, page) * page_size + offset
+        set_long(target, block, pool + slot // BLOCK * block_bytes(shape) + kv_head * 2 * head_bytes(shape))
+        # Blocks beyond the last are computed like the last, and not looked at.
+        if block < blocks - 1:
+            offset += BLOCK
+            if offset == page_size:
+                page, offset = page + 1, 0
+    return blocks
+
+
+@inlined
+def _attend_segment(shape, tile, two, key, here, blocks, ahead, asked, lines, first_line, run, scratch):
+    """Bring the state of a tile, or of it and the next one, through the keys of so many blocks, the first at `key`."""
+    head_dim, size, rows = 2 * shape.half, _state_bytes(shape.half), blocks * BLOCK
+    if two:
+        score_two(scratch, here, tile + QUERIES, tile + size + QUERIES, blocks, head_dim // DEPTH)
+    else:
+        score(scratch, here, tile + QUERIES, blocks, head_dim // DEPTH)
+    factor = LOG2_E / np.sqrt(np.float32(head_dim))
+    for number in range(2 if two else 1):
+        one, scores = tile + number * size, scratch.scores + number * SEGMENT * BLOCK * 4
+        # The last query's window begins last, the first query's limit comes first; between them nothing is hidden.
+        hidden = 0 if key < get_int(one + LOWS, BLOCK - 1) else max(get_int(one + LIMITS, 0) - key, 0)
+        if hidden < rows:
+            _hide(scores, hidden, rows, key, one + LOWS, one + LIMITS)
+        weights, shrink = scratch.weights + number * SEGMENT * BLOCK * 2, scratch.shrink + number * BLOCK * 4
+        first = first_line + number * 2 * (SEGMENT // ROWS_A_TURN) * run
+        _weigh(scores, rows, factor, one, shrink, weights, ahead, asked, lines, first, run)
+    output, columns = tile + QUERIES + 64 * shape.half, 32 if two else 64
+    for column in range(0, head_dim, columns):
+        width, place = min(columns, head_dim - column), column * BLOCK * 4
+        values = head_bytes(shape) + column * BLOCK * 2
+        if two:
+            sum_values_two(scratch, here, blocks, values)
+            _merge(output + size + place, scratch.sums + width * BLOCK * 4, width, scratch.shrink + BLOCK * 4)
+        else:
+            sum_values(scratch, here, blocks, values, width)
+        _merge(output + place, scratch.sums, width, scratch.shrink)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from minisgl.scheduler_proc.cpu import amx, avx512
 from minisgl.scheduler_proc.cpu.compiler import inlined
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, SEGMENT
 
 AMX, AVX512_BF16 = 0, 1
 NAMES = {"amx": AMX, "avx512_bf16": AVX512_BF16}
@@ -69,32 +70,53 @@ def prepare_attention(scratch):
 
 
 @inlined
-def score(scratch, queries, count, depths):
+def score(scratch, blocks, queries, count, depths):
     """Products of the keys of so many blocks with 16 queries, to scratch.scores.
 
     Args:
+        blocks: where their keys are; the list goes on to a multiple of BLOCKS_AT_ONCE, as the scores do.
         queries: words [head_dim / 2, 16], two bfloat16 each.
-        count: of scratch.blocks, which go on to a multiple of BLOCKS_AT_ONCE, as the scores do.
         depths: head_dim / 32.
     """
     if scratch.instructions == AMX:
-        amx.score(scratch.blocks, count, depths, queries, scratch.scores)
+        amx.score(blocks, count, depths, queries, scratch.scores)
     else:
-        avx512.score(scratch.blocks, count, depths, queries, scratch.scores)
+        avx512.score(blocks, count, depths, queries, scratch.scores)
 
 
 @inlined
-def sum_values(scratch, count, offset, columns):
+def score_two(scratch, blocks, queries, others, count, depths):
+    """The same with 16 other queries, too."""
+    scores = scratch.scores + SEGMENT * BLOCK * 4
+    if scratch.instructions == AMX:
+        amx.score_two(blocks, count, depths, queries, others, scratch.scores, scores)
+    else:
+        avx512.score(blocks, count, depths, queries, scratch.scores)
+        avx512.score(blocks, count, depths, others, scores)
+
+
+@inlined
+def sum_values(scratch, blocks, count, offset, columns):
     """Sums of 32 or 64 columns of values, weighted by scratch.weights, float32 [columns, 16] at scratch.sums.
 
     Args:
-        count: of scratch.blocks.
         offset: bytes from a block's keys to its first column.
     """
     if scratch.instructions == AMX:
-        amx.sum_values(scratch.blocks, count, offset, columns, scratch.weights, scratch.sums)
+        amx.sum_values(blocks, count, offset, columns, scratch.weights, scratch.sums)
     else:
-        avx512.sum_values(scratch.blocks, count, offset, columns, scratch.weights, scratch.sums)
+        avx512.sum_values(blocks, count, offset, columns, scratch.weights, scratch.sums)
+
+
+@inlined
+def sum_values_two(scratch, blocks, count, offset):
+    """The same of 32 columns with both weights, float32 [2, 32, 16]."""
+    weights, sums = scratch.weights + SEGMENT * BLOCK * 2, scratch.sums + 32 * BLOCK * 4
+    if scratch.instructions == AMX:
+        amx.sum_values_two(blocks, count, offset, scratch.weights, weights, scratch.sums, sums)
+    else:
+        avx512.sum_values(blocks, count, offset, 32, scratch.weights, scratch.sums)
+        avx512.sum_values(blocks, count, offset, 32, weights, sums)
 
 
 @inlined

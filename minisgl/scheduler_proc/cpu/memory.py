@@ -202,10 +202,10 @@ class Scratch(NamedTuple):
         wide: room for a pair of blocks of the matrix with most inputs.
         shapes: of AMX's tiles, for products of 0 to 32 rows, 64 bytes each; `attention_shapes` those for attention.
         tiles: states of the tiles of queries that are computed together, see attention.py.
-        blocks: int64, addresses of the keys of a segment's blocks.
-        scores: float32 [segment, 16].
-        weights: words [segment / 2, 16], the softmax's numerators, two keys' bfloat16 each.
-        shrink: float32 [16], what the softmax's earlier sums are multiplied with.
+        blocks: int64 [2, blocks], addresses of the keys of a segment's blocks, and of the next one's.
+        scores: float32 [2, SEGMENT, 16], of one or two tiles of queries, as all that follows.
+        weights: words [2, SEGMENT / 2, 16], the softmax's numerators, two keys' bfloat16 each.
+        shrink: float32 [2, 16], what the softmax's earlier sums are multiplied with.
     """
 
     thread: int

@@ -9,7 +9,7 @@ import torch
 
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.cpu.amx import ATTENTION_SHAPES, RING, shapes_of_rows
-from minisgl.scheduler_proc.cpu.attention import SEGMENT, TILES_AT_ONCE, state_bytes
+from minisgl.scheduler_proc.cpu.attention import TILES_AT_ONCE, state_bytes
 from minisgl.scheduler_proc.cpu.instructions import HAVE_NARROW, NAMES
 from minisgl.scheduler_proc.cpu.memory import Buffers, Keeper, Pool, Scratch, Screen, Shape, Weights
 from minisgl.scheduler_proc.cpu.narrow import narrow
@@ -18,7 +18,7 @@ from minisgl.scheduler_proc.cpu.screening import FACTS, LARGEST_HIDDEN, MOST_ROW
 from minisgl.scheduler_proc.cpu.step import OTHER_PHASES, PHASES_PER_LAYER, run_step
 from minisgl.scheduler_proc.cpu.step_batch import make_batch
 from minisgl.scheduler_proc.cpu.team import Team, counters
-from minisgl.scheduler_proc.cpu.tiles import BLOCK, BYTES_DEPTH, DEPTH, PAIR, TILE_BYTES, aligned_zeros, pack
+from minisgl.scheduler_proc.cpu.tiles import BLOCK, BYTES_DEPTH, DEPTH, PAIR, SEGMENT, TILE_BYTES, aligned_zeros, pack
 from minisgl.scheduler_proc.models.config import ModelConfig
 from minisgl.scheduler_proc.models.decoder import Decoder
 from minisgl.scheduler_proc.request import StepPlan, scored_positions
@@ -275,14 +275,14 @@ def make_scratch(thread: int, instructions: int, head_dim: int, most_inputs: int
     return Scratch(
         thread=thread,
         instructions=instructions,
-        # Attention's sums, [64, 16] at most, take as much.
+        # Attention's sums, [64, 16] at most or twice [32, 16], take as much.
         sums=room(PAIR * PAIR, np.float32),
         wide=room(max(most_inputs // DEPTH, RING) * 2 * TILE_BYTES, np.uint8),
         shapes=keeper.address(np.stack([shapes_of_rows(rows) for rows in range(PAIR + 1)])),
         attention_shapes=keeper.address(ATTENTION_SHAPES),
         tiles=room(TILES_AT_ONCE * state_bytes(head_dim // 2), np.uint8),
-        blocks=room(SEGMENT // BLOCK, np.int64),
-        scores=room(SEGMENT * BLOCK, np.float32),
-        weights=room(SEGMENT // 2 * BLOCK, np.uint32),
-        shrink=room(BLOCK, np.float32),
+        blocks=room(2 * SEGMENT // BLOCK, np.int64),
+        scores=room(2 * SEGMENT * BLOCK, np.float32),
+        weights=room(2 * SEGMENT // 2 * BLOCK, np.uint32),
+        shrink=room(2 * BLOCK, np.float32),
     )

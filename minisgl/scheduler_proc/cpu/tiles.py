@@ -25,6 +25,8 @@ LINE = 64
 """Bytes of a cache line, of a vector, and of a tile's row."""
 BLOCKS_AT_ONCE = 4
 """Blocks of 16 keys whose scores are computed together."""
+SEGMENT = 128
+"""Keys whose scores, and those of two tiles of queries, are in the first-level cache together."""
 
 
 def pack(weight: torch.Tensor, halves: int = 1) -> torch.Tensor:
