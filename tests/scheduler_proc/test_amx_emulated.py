@@ -183,7 +183,7 @@ def test_scores_and_sums_of_values(head_dim: int, tiles: Tiles) -> None:
     blocks = 3
     keys = torch.randn(blocks, BLOCK, head_dim, dtype=torch.bfloat16)
     values = torch.randn(blocks, BLOCK, head_dim, dtype=torch.bfloat16)
-    queries = torch.randn(BLOCK, head_dim, dtype=torch.bfloat16)
+    queries, others = torch.randn(2, BLOCK, head_dim, dtype=torch.bfloat16)
     pool = torch.cat(
         (
             keys.view(blocks, BLOCK, -1, DEPTH).transpose(1, 2).reshape(blocks, -1),
@@ -194,18 +194,38 @@ def test_scores_and_sums_of_values(head_dim: int, tiles: Tiles) -> None:
     places = [pool.data_ptr() + index * pool.stride(0) * 2 for index in range(blocks)]
     places += places[-1:] * (-blocks % BLOCKS_AT_ONCE)
     addresses = np.array(places, np.int64)
-    query_tile = queries.view(BLOCK, head_dim // 2, 2).transpose(0, 1).contiguous()
-    scores = torch.empty(len(places) * BLOCK, BLOCK)
+    query_tile, other_tile = (
+        rows.view(BLOCK, head_dim // 2, 2).transpose(0, 1).contiguous() for rows in (queries, others)
+    )
+    scores, one, other = torch.empty(3, len(places) * BLOCK, BLOCK)
     tiles.configure(amx.ATTENTION_SHAPES)
-    uncompiled(amx.score)(addresses.ctypes.data, blocks, head_dim // DEPTH, query_tile.data_ptr(), scores.data_ptr())
-    expected = keys.reshape(-1, head_dim).float() @ queries.float().T
-    torch.testing.assert_close(scores[: blocks * BLOCK], expected, rtol=1e-5, atol=1e-3)
+    segment = (addresses.ctypes.data, blocks, head_dim // DEPTH)
+    uncompiled(amx.score)(*segment, query_tile.data_ptr(), scores.data_ptr())
+    uncompiled(amx.score_two)(*segment, query_tile.data_ptr(), other_tile.data_ptr(), one.data_ptr(), other.data_ptr())
+    for found, rows in ((scores, queries), (one, queries), (other, others)):
+        expected = keys.reshape(-1, head_dim).float() @ rows.float().T
+        torch.testing.assert_close(found[: blocks * BLOCK], expected, rtol=1e-5, atol=1e-3)
 
-    weights = torch.rand(blocks * BLOCK, BLOCK).bfloat16()
-    in_pairs = weights.view(-1, 2, BLOCK).transpose(1, 2).contiguous()
+    weights, other_weights = torch.rand(2, blocks * BLOCK, BLOCK).bfloat16()
+    in_pairs, others_in_pairs = (
+        rows.view(-1, 2, BLOCK).transpose(1, 2).contiguous() for rows in (weights, other_weights)
+    )
+    offset = BLOCK * head_dim * 2
     for columns in (32, 64):
         sums = torch.empty(columns, BLOCK)
-        offset = BLOCK * head_dim * 2
         uncompiled(amx.sum_values)(addresses.ctypes.data, blocks, offset, columns, in_pairs.data_ptr(), sums.data_ptr())
         expected = values.reshape(-1, head_dim)[:, :columns].float().T @ weights.float()
         torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-3)
+    both = torch.empty(2, 32, BLOCK)
+    uncompiled(amx.sum_values_two)(
+        addresses.ctypes.data,
+        blocks,
+        offset,
+        in_pairs.data_ptr(),
+        others_in_pairs.data_ptr(),
+        both[0].data_ptr(),
+        both[1].data_ptr(),
+    )
+    for found, rows in zip(both, (weights, other_weights), strict=True):
+        expected = values.reshape(-1, head_dim)[:, :32].float().T @ rows.float()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
