@@ -22,5 +22,6 @@ Owns: the device, the model's weights, the KV cache, and every request from its 
     device.py     where the model runs, in which precision; kv_sizing.py: how many KV pages it gets
     models/       config.json and weights -> the forward pass of a step
     attention/    the KV pool, and attention over its pages
-    kernels/      Triton kernels; compile_ahead.py compiles them side by side at the start
+    kernels/      Triton kernels; compile_ahead.py compiles them side by side at the start, with the processes of
+                  kernel_compilers.py on a machine that has none of them yet
 """

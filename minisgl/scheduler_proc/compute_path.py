@@ -13,6 +13,7 @@ import torch
 from minisgl.config import ConfigError, ServerConfig
 from minisgl.scheduler_proc.attention.kv_pool import KVPool
 from minisgl.scheduler_proc.device import busy_threads, cpu_flags, share_of_cores
+from minisgl.scheduler_proc.kernel_compilers import KernelCompilers
 from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.models.config import parse_config, read_config
 from minisgl.scheduler_proc.models.decoder import Decoder
@@ -126,10 +127,11 @@ def compile_kernels(
     device: torch.device,
     threads: int,
     progress: Callable[[int, int], None],
+    compilers: KernelCompilers | None,
 ) -> None:
     """Compile all that a model's steps on CUDA need, in so many threads, or load it from the disk."""
     assert isinstance(model, Decoder)
     # Layers of a kind run the same kernels.
     part = model.with_a_layer_of_each_kind()
     pool = KVPool(part.kv_shapes, 1, page_size, part.weights.norm.dtype, device)
-    make_graphs(part, pool, limits).compile_kernels(threads, progress)
+    make_graphs(part, pool, limits).compile_kernels(threads, progress, compilers)

@@ -32,6 +32,7 @@ from minisgl.scheduler_proc.graph_sizes import (
     fitting_prefill,
     prefill_sizes,
 )
+from minisgl.scheduler_proc.kernel_compilers import KernelCompilers
 from minisgl.scheduler_proc.kernels import dependent_launch
 from minisgl.scheduler_proc.kernels.compile_ahead import compile_ahead
 from minisgl.scheduler_proc.models.fused_decoder import FusedDecoder, StepLogits
@@ -72,7 +73,9 @@ class GraphRunner:
 
     # ---- capture ----
 
-    def compile_kernels(self, threads: int, progress: Callable[[int, int], None]) -> None:
+    def compile_kernels(
+        self, threads: int, progress: Callable[[int, int], None], compilers: KernelCompilers | None = None
+    ) -> None:
         """Compile what the graphs' kernels need, or load it from Triton's cache; nothing is computed."""
 
         def launch_all() -> None:
@@ -84,7 +87,7 @@ class GraphRunner:
                 self._forward_of(size)()
             self.sampler.launch_all()
 
-        compile_ahead(launch_all, self._device, threads, progress)
+        compile_ahead(launch_all, self._device, threads, progress, compilers)
 
     def capture_first(self, progress: Callable[[int, int], None]) -> None:
         """Capture what every step finds a graph among."""

@@ -32,6 +32,7 @@ from minisgl.scheduler_proc.device import (
     set_cpu_threads,
     usable_cores,
 )
+from minisgl.scheduler_proc.kernel_compilers import KernelCompilers
 from minisgl.scheduler_proc.kv_sizing import choose_num_pages
 from minisgl.scheduler_proc.limits import SchedulerLimits
 from minisgl.scheduler_proc.logprobs import PendingLogprobs, score_rows
@@ -108,12 +109,18 @@ class StepEngine:
 
     @classmethod
     def load(
-        cls, config: ServerConfig, model: ModelSpec, replica: int, progress: Callable[[str, int, int], None]
+        cls,
+        config: ServerConfig,
+        model: ModelSpec,
+        replica: int,
+        progress: Callable[[str, int, int], None],
+        compilers: KernelCompilers | None = None,
     ) -> StepEngine:
         """Load weights and take KV memory.
 
         Args:
             progress: called with a stage, and how much of it is done of how much (0 of 0: unknown).
+            compilers: for kernels on CUDA, if there are any.
 
         Raises:
             ConfigError: the device is not there, or its memory does not hold one KV page.
@@ -160,9 +167,8 @@ class StepEngine:
             if fused:
                 progress("compiling kernels", 0, 0)
                 compile_threads = max(1, usable_cores() // (config.dp_size or 1))
-                compile_kernels(
-                    loaded, page_size, limits, device, compile_threads, partial(progress, "compiling kernels")
-                )
+                say = partial(progress, "compiling kernels")
+                compile_kernels(loaded, page_size, limits, device, compile_threads, say, compilers)
             progress("sizing KV memory", 0, 0)
             activation_bytes = 0
             if device.type == "cuda":

@@ -22,6 +22,7 @@ from minisgl.messages import (
     http_worker_of,
     make_request_id,
 )
+from minisgl.scheduler_proc import kernel_compilers
 from minisgl.scheduler_proc.core import ReplicaCore
 from minisgl.worker import IDLE_MS, Worker
 
@@ -50,10 +51,11 @@ def load(worker: Worker) -> ReplicaCore:
     # times slower as soon as another process wants a core; sleeping costs 3 % when none does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported here because it takes seconds: the supervisor has had our Hello by now.
-    from minisgl.scheduler_proc.engine import StepEngine
-
     spec = worker.spec
-    engine = StepEngine.load(spec.config, spec.model, spec.index, worker.progress)
+    with kernel_compilers.started(spec.config, spec.model) as compilers:
+        from minisgl.scheduler_proc.engine import StepEngine
+
+        engine = StepEngine.load(spec.config, spec.model, spec.index, worker.progress, compilers)
     worker.progress("warming up")
     engine.warm_up()
     core = ReplicaCore(engine, spec.config, spec.model, spec.index, spec.epoch, own_process=True)

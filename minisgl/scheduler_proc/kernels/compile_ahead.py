@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -9,12 +10,18 @@ from typing import Any
 import torch
 import triton
 
+from minisgl.scheduler_proc.kernel_compilers import KernelCompilers
+
 MOST_THREADS = 8
 """More of them wait for the interpreter's lock longer than they gain (bench/ENGINE_LOG.md, entry S1)."""
 
 
 def compile_ahead(
-    launch_all: Callable[[], None], device: torch.device, threads: int, progress: Callable[[int, int], None]
+    launch_all: Callable[[], None],
+    device: torch.device,
+    threads: int,
+    progress: Callable[[int, int], None],
+    compilers: KernelCompilers | None = None,
 ) -> None:
     """Compile every kernel that `launch_all` launches, or take it from Triton's cache on disk, and load it.
 
@@ -22,8 +29,14 @@ def compile_ahead(
 
     Args:
         progress: called with the kernels done and their number.
+        compilers: whoever compiles first what this then loads.
     """
     wanted = _missing_kernels(launch_all)
+    if compilers is not None:
+        # Long ones take longest, and are not to be the last.
+        wanted.sort(key=lambda one: -len(inspect.getsource(one[0].fn)))
+        names = [(kernel.fn.__module__, kernel.fn.__name__, specialization) for kernel, specialization in wanted]
+        compilers.compile(names, progress)
 
     def enter_thread() -> None:
         # The current device is each thread's own, and so is its context, which only a real call makes current.
@@ -36,6 +49,8 @@ def compile_ahead(
         for done, future in enumerate(as_completed(waited), 1):
             future.result()
             progress(done, len(waited))
+    if compilers is not None:
+        compilers.all_compiled()
 
 
 def _load(kernel: Any, specialization: str) -> None:
