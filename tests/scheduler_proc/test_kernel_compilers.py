@@ -46,13 +46,14 @@ def serve(processes: int) -> subprocess.Popen[str]:
 
 
 def test_every_kernel_is_found_by_its_name() -> None:
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from minisgl.scheduler_proc import kernels
 
     found = 0
     for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         for kernel in vars(importlib.import_module(info.name)).values():
-            if isinstance(kernel, triton.JITFunction):
+            # Compiled, or by Triton's interpreter.
+            if type(kernel).__module__.startswith("triton.runtime."):
                 assert getattr(importlib.import_module(kernel.fn.__module__), kernel.fn.__name__) is kernel
                 found += 1
     assert found > 20
