@@ -321,11 +321,7 @@ class Supervisor:
         if problems != self._told:
             self._send_health()
         else:
-            health = self._health(now, problems)
-            for worker in self._of_kind("http"):
-                # While it rests it would not take them away.
-                if worker.process is not None and not worker.rests_until:
-                    worker.process.leave(health)
+            self._leave_health(now, problems)
         if not problems and all(worker.may_rest(now) for worker in self._workers.values()):
             self._rest()
         else:
@@ -365,6 +361,17 @@ class Supervisor:
             worker.take_pulse(now)
         self._told = self._problems(now)
         self._send(self._of_kind("http"), self._health(now, self._told))
+
+    def _leave_health(self, now: float, problems: list[str]) -> None:
+        """Have http find that there are no problems but these. One that rests does not look; it is told of changes."""
+        health = self._health(now, problems)
+        changes = sum(worker.changes for worker in self._workers.values())
+        for worker in self._of_kind("http"):
+            if worker.process is not None and not worker.rests_until:
+                worker.process.leave(health)
+            elif worker.outbox is not None and worker.told_changes != changes:
+                worker.outbox.send(health)
+            worker.told_changes = changes
 
     def _health(self, now: float, problems: list[str]) -> Health:
         return Health(problems, {worker.name: worker.health(now) for worker in self._workers.values()})

@@ -68,6 +68,10 @@ class WorkerRecord:
     """Age of its main loop's last round when it was last heard."""
     rests_until: float = 0.0
     """It waits for messages, and its next heartbeat may take until then; 0.0 while it works."""
+    changes: int = 0
+    """How often its stats have changed."""
+    told_changes: int = -1
+    """Of http: how many changes, of all workers, it has been told of."""
     suspended: bool = False
     """While it rested, the system had stopped it when last looked at."""
     stage: str = ""
@@ -101,6 +105,7 @@ class WorkerRecord:
             sent_at = heartbeat.sent_ns / 1e9
             self.heard_at = max(self.heard_at, sent_at)
             self.rests_until = sent_at + REST_SECONDS + self.limits.silence if heartbeat.rests else 0.0
+            self.changes += heartbeat.stats != self.stats
             self.loop_age, self.stats = heartbeat.loop_age_us / 1e6, heartbeat.stats
         was_suspended, self.suspended = self.suspended, now < self.rests_until and self.process.stopped
         # While it rests, that the system has not stopped it is the sign of life.

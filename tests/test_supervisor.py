@@ -326,6 +326,25 @@ def test_a_stack_without_work_rests_until_something_happens(tmp_path: Path) -> N
     run(scenario)
 
 
+def test_an_http_worker_that_rests_hears_of_what_the_others_do(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stack(tmp_path, calm=True, http_workers=2) as running:
+            running.order("http-1.calm")
+            (tmp_path / "http-0.calm").unlink()
+            await running.serve()
+            for number in range(3):
+                await asyncio.sleep(1.0)
+                running.order("http-0.stats", json.dumps({"in_flight": number}))
+
+                def told(number: int = number) -> bool:
+                    words = seen(tmp_path, "http-1", 1, Health)
+                    return any(word[2]["http-0"]["stats"].get("in_flight") == number for word in words)
+
+                assert await until(told) < 5.0
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("calm", [False, True], ids=["busy", "at rest"])
 def test_a_stopped_process_is_reported_then_replaced(calm: bool, tmp_path: Path) -> None:
     async def scenario() -> None:
