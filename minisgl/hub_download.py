@@ -83,6 +83,7 @@ class HuggingFace:
         self._job = job
         self._storage = Path(job.cache_dir or constants.HF_HUB_CACHE) / f"models--{job.repo.replace('/', '--')}"
         self._blobs: dict[str, str] = {}
+        self._present = 0
 
     def cached(self) -> Path | None:
         revision = self._job.revision or "main"
@@ -132,8 +133,14 @@ class HuggingFace:
         return Path(directory)
 
     def bytes_present(self, names: list[str]) -> int:
-        blobs = self._storage / "blobs"
-        return sum(path.stat().st_size for name in names for path in blobs.glob(f"{self._blobs[name]}*"))
+        present = 0
+        for name in names:
+            for path in (self._storage / "blobs").glob(f"{self._blobs[name]}*"):
+                # A file that is complete by now has another name.
+                with contextlib.suppress(FileNotFoundError):
+                    present += path.stat().st_size
+        self._present = max(self._present, present)
+        return self._present
 
     def _gated(self, error: Any) -> str:
         page = f"https://huggingface.co/{self._job.repo}"

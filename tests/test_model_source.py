@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from fake_hubs import FakeHub, HuggingFaceHandler, ModelScopeHandler, closed_por
 
 from minisgl import model_source
 from minisgl.config import DEFAULT_MODEL, ConfigError, ModelSpec, ServerConfig
+from minisgl.hub_download import HuggingFace, Job
 from minisgl.model_source import ModelNotFound, resolve_model
 
 NAME = "acme/tiny-chat"
@@ -104,6 +106,29 @@ def test_half_a_cached_model_is_completed(hubs: tuple[FakeHub, FakeHub]) -> None
 
     assert files_of(resolve(ServerConfig(model=NAME))) == NEEDED
     assert resolve(ServerConfig(model=NAME)).directory == dummy.directory
+
+
+def test_files_that_are_renamed_meanwhile_are_counted_all_the_same(tmp_path: Path) -> None:
+    hub = HuggingFace(Job("huggingface", NAME, None, str(tmp_path), True, False, False))
+    hub._blobs = {"config.json": "abc"}
+    blobs = tmp_path / f"models--{NAME.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "abc.incomplete").write_bytes(b"x" * 100)
+    over = threading.Event()
+
+    def rename() -> None:
+        while not over.is_set():
+            (blobs / "abc.incomplete").rename(blobs / "abc")
+            (blobs / "abc").rename(blobs / "abc.incomplete")
+
+    renaming = threading.Thread(target=rename)
+    renaming.start()
+    try:
+        counts = [hub.bytes_present(["config.json"]) for _ in range(3000)]
+    finally:
+        over.set()
+        renaming.join()
+    assert counts == sorted(counts) and counts[-1] >= 100
 
 
 @pytest.mark.parametrize("fault", ["absent", "down", "broken", "gated"])
