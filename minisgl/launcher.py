@@ -1,8 +1,8 @@
 """Starting worker processes: the Launcher interface, and the launcher of processes on this host.
 
-A launcher chooses addresses, starts one life of a worker, hands over its heartbeats, tells when it is over, and can
-end it. All else the supervisor learns over the control channel, so a launcher for other machines has to provide just
-this much.
+A launcher chooses addresses, starts one life of a worker, hands over its heartbeats and leaves it health reports, tells
+when it stops or is over, and can end it. All else the supervisor learns over the control channel, so a launcher for
+other machines has to provide just this much.
 """
 
 from __future__ import annotations

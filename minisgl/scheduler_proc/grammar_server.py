@@ -9,7 +9,6 @@ clients, and compiling one can take any amount of either, or crash. Nothing is l
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from minisgl.child_process import die_with_parent
 from minisgl.detokenizer_proc.incremental import decoder_types
 from minisgl.scheduler_proc.adjustments import withdraw
 from minisgl.scheduler_proc.grammar import GrammarState
@@ -94,9 +94,8 @@ def _limit_self(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds * BUSY_FACTOR)
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    die_with_parent()
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
         with open("/proc/self/statm") as sizes:
             size = int(sizes.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MAX_EXTRA_MEMORY,) * 2)

@@ -7,12 +7,10 @@ done. What fails is left to the one who asks, who will find out why.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
 import pkgutil
-import signal
 import struct
 import sys
 import tempfile
@@ -20,13 +18,14 @@ from typing import Any
 
 import triton
 
+from minisgl.child_process import die_with_parent
 from minisgl.scheduler_proc import kernels
 
 _TASK = struct.Struct("i")
 
 
 def main() -> None:
-    _die_with_parent()
+    die_with_parent()
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         importlib.import_module(module.name)
     processes = int(sys.argv[1])
@@ -40,7 +39,7 @@ def main() -> None:
         for _ in range(processes):
             if os.fork() == 0:
                 try:
-                    _die_with_parent()
+                    die_with_parent()
                     os.close(sink)
                     _work(source, listed.fileno(), results)
                 finally:
@@ -69,11 +68,6 @@ def _compile(module: str, name: str, specialization: str) -> None:
     compiled = kernel.preload(specialization)
     # What calls it, a small library.
     triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":
